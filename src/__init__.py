@@ -1,0 +1,1 @@
+"""edgepass: a model-conversion compiler pass framework for on-device machine learning."""
