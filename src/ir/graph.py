@@ -27,56 +27,27 @@ CONTRIB_DOMAIN = "com.microsoft"
 _NAMES = "edgepass.names"
 
 
-class AbsentTensor(ir.TensorBase):
+class AbsentTensor(ir.LazyTensor):
     """An initializer that has a dtype and a shape but no data: the weight of an architecture.
 
     Reading it (`numpy`, `tobytes`) raises `WeightsAbsentError`. `nbytes` and `size` work.
     """
 
-    __slots__ = ("_dtype", "_shape", "reason")
-
     def __init__(
         self, name: str, dtype: ir.DataType, shape: Sequence[int] | ir.Shape, reason: str = ""
     ) -> None:
-        super().__init__(name=name)
-        self._dtype = dtype
-        self._shape = shape if isinstance(shape, ir.Shape) else ir.Shape(list(shape))
-        self._shape.freeze()
+        super().__init__(
+            self._fail,
+            dtype=dtype,
+            shape=shape if isinstance(shape, ir.Shape) else ir.Shape(list(shape)),
+            name=name,
+        )
         self.reason = reason
-
-    @property
-    def dtype(self) -> ir.DataType:
-        return self._dtype
-
-    @property
-    def shape(self) -> ir.Shape:
-        return self._shape
-
-    @property
-    def raw(self) -> Any:
-        return self._fail()
-
-    def numpy(self) -> np.ndarray:
-        return self._fail()
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return self._fail()
-
-    def __dlpack__(self, *, stream: Any = None) -> Any:
-        return self._fail()
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        self._fail()
-        raise AssertionError  # unreachable: _fail always raises
-
-    def tobytes(self) -> bytes:
-        self._fail()
-        raise AssertionError  # unreachable: _fail always raises
 
     def __repr__(self) -> str:
         return f"AbsentTensor<{self.dtype},{self.shape}>({self.name!r})"
 
-    def _fail(self) -> np.ndarray:
+    def _fail(self) -> ir.TensorProtocol:
         raise WeightsAbsentError(
             f"The weight {self.name!r} has no data",
             where=f"initializer {self.name!r}, {self.dtype.name} {list(self.shape.numpy())}",
