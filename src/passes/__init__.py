@@ -1,0 +1,1 @@
+"""Passes: transformations of the graph, the driver that runs them, and their names."""

@@ -1,0 +1,122 @@
+"""What a pass is: a frozen dataclass with options, a stage, and one method.
+
+Here: `Pass`, `PassResult`, `Context`, `Stage`. Not here: running passes (`driver`), their text form
+(`spec`), names (`registry`), rewrite rules (`rules`).
+
+A pass of your own:
+
+    @dataclass(frozen=True)
+    class DropPrints(Pass):
+        '''Removes Print nodes.'''
+        stage = Stage.CLEANUP
+        def run(self, model, context):
+            ...
+            return PassResult(model, modified)
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import enum
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import onnx_ir as ir
+
+from ..targets.target import Target
+
+Feed = Mapping[str, np.ndarray]
+"""One sample: the array of every graph input by name."""
+
+
+class Stage(enum.IntEnum):
+    """When a pass may run. A pipeline is sorted by stage; within a stage, order is as given.
+
+    Prune comes first, since shapes and ranges change; fuse comes before quantize, so that
+    only tensors that survive are observed.
+    """
+
+    IMPORT = 0
+    CLEANUP = 1
+    PRUNE = 2
+    FUSE = 3
+    QUANTIZE = 4
+    LEGALIZE = 5
+    LOWER = 6
+
+
+class Calibration(Protocol):
+    """Representative inputs: iterable over samples as often as needed."""
+
+    def __iter__(self) -> Any: ...
+    def __len__(self) -> int: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a pass may know besides the model.
+
+    `target` is None when a pass is run on its own. `calibration` is a sequence of samples (each a
+    mapping from input name to array). `progress` is called with (done, total, what).
+    """
+
+    target: Target | None = None
+    calibration: Sequence[Feed] | None = None
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None
+
+
+@dataclasses.dataclass(frozen=True)
+class PassResult:
+    """The model after the pass (the same object when edited in place), and whether it changed.
+
+    `notes` are lines for the ledger: what was done, what was refused and why.
+    """
+
+    model: ir.Model
+    modified: bool
+    notes: tuple[str, ...] = ()
+
+
+_CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass(abc.ABC):
+    """Base of all passes. Fields are options; the docstring is the help text.
+
+    Class attributes a pass may set:
+    `name`: as written in recipes; derived from the class name when not set.
+    `stage`: when it runs.
+    `lossless`: results stay equal up to float rounding. Lossy passes are not held to 1e-4.
+    `idempotent`: a second run changes nothing (tested).
+    `fixpoint`: the driver repeats the group of such passes until none modifies the model.
+    `needs_weights`: it can't run on an architecture without weights.
+    """
+
+    name: ClassVar[str] = ""
+    stage: ClassVar[Stage] = Stage.CLEANUP
+    lossless: ClassVar[bool] = True
+    idempotent: ClassVar[bool] = False
+    fixpoint: ClassVar[bool] = False
+    needs_weights: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" not in cls.__dict__:
+            cls.name = _CAMEL.sub("_", cls.__name__).lower()
+
+    @abc.abstractmethod
+    def run(self, model: ir.Model, context: Context) -> PassResult:
+        """Transform the model, in place where that is easier.
+
+        Raises:
+            EdgepassError: when the model or the context lacks what the pass needs.
+        """
+
+    def __str__(self) -> str:
+        from .spec import format_pass
+
+        return format_pass(self)
