@@ -173,7 +173,8 @@ def constant_scalar(value: ir.Value | None) -> float | int | bool | None:
     array = constant_array(value, 1)
     if array is None or array.size != 1 or array.dtype.kind in "OSU":
         return None
-    return array.reshape(()).item()
+    scalar: float | int | bool = array.reshape(()).item()
+    return scalar
 
 
 def _constant_node_tensor(node: ir.Node) -> ir.TensorProtocol | None:
@@ -303,9 +304,7 @@ def describe_value(value: ir.Value | None) -> str:
     dtype = value.dtype.name if value.dtype is not None else "?"
     if value.shape is None:
         return f"{value.name}: {dtype}[?]"
-    dims = ",".join(
-        str(d) if isinstance(d, int) else (d.value or "?") for d in value.shape.dims
-    )
+    dims = ",".join(str(d) if isinstance(d, int) else (d.value or "?") for d in value.shape.dims)
     return f"{value.name}: {dtype}[{dims}]"
 
 

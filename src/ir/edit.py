@@ -1,0 +1,300 @@
+"""Changing the graph without losing what is known of it: replace, insert, erase, with listeners.
+
+Here: `Editor`, through which rewrites change a graph. Names of graph outputs, metadata (source
+lines, module paths), shapes and types survive a replacement, and listeners (a worklist, a counter)
+hear of every change. Not here: what to change (`match`, passes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import onnx_ir as ir
+
+from .graph import add_initializer, fresh_name
+
+
+class Listener(Protocol):
+    """Hears of changes made through an `Editor`."""
+
+    def inserted(self, node: ir.Node) -> None:
+        """A node is now in the graph."""
+
+    def erased(self, node: ir.Node) -> None:
+        """A node has left the graph; its inputs are already cut."""
+
+    def changed(self, node: ir.Node) -> None:
+        """A node has another input than before, or its result has another set of users."""
+
+
+class Editor:
+    """Edits the nodes of one model. Nodes of any of its graphs may be given."""
+
+    def __init__(self, *listeners: Listener) -> None:
+        self._listeners = listeners
+        self.modified = False
+
+    # --- replacing ---------------------------------------------------------------------------
+
+    def can_replace(self, old: ir.Value, new: ir.Value) -> bool:
+        """Whether every use of `old` may become `new`.
+
+        False only where `old` is the output of a graph that is not its own (a subgraph that
+        returns an outer value): there an interface would change silently.
+        """
+        return not old.is_graph_output() or _output_slots(old) != []
+
+    def replace_value(self, old: ir.Value, new: ir.Value) -> None:
+        """Make every use of `old` a use of `new`; `old` keeps its producer, now without uses.
+
+        A graph output keeps its name: `new` takes it over, or, where `new` has a name that must
+        stay (an input, an initializer, another output, or a value of another graph), an
+        `Identity` carries it.
+        """
+        if old is new:
+            return
+        self.modified = True
+        slots = _output_slots(old)
+        producer = old.producer()
+        graph = old.graph
+        users = [user for user, _ in old.uses()]
+        _inherit_value(old, new)
+        for user, index in list(old.uses()):
+            user.replace_input_with(index, new)
+        if slots and graph is not None:
+            self._take_over_output(graph, slots, old, new)
+        for user in users:
+            self._tell_changed(user)
+        if producer is not None:
+            self._tell_changed(producer)
+        new_producer = new.producer()
+        if new_producer is not None:
+            self._tell_changed(new_producer)
+
+    def _take_over_output(
+        self, graph: ir.Graph, slots: Sequence[int], old: ir.Value, new: ir.Value
+    ) -> None:
+        name = old.name
+        renamable = (
+            new.producer() is not None
+            and new.graph is graph
+            and not new.is_graph_output()
+            and not new.is_graph_input()
+        )
+        if not renamable:
+            identity = ir.Node("", "Identity", [new], num_outputs=1, name=f"{name}/identity")
+            carrier = identity.outputs[0]
+            _inherit_value(old, carrier)
+            anchor = old.producer()
+            _inherit_node(anchor, identity)
+            if anchor is not None and anchor.graph is graph:
+                graph.insert_after(anchor, identity)
+            else:
+                graph.append(identity)
+            self._tell_inserted(identity)
+        else:
+            carrier = new
+        if carrier.shape is None or (old.shape is not None and not _is_static(carrier)):
+            carrier.shape = old.shape
+        for slot in slots:
+            graph.outputs[slot] = carrier
+        old.name = fresh_name(graph, f"{name}/replaced")
+        carrier.name = name
+
+    def replace_node(self, node: ir.Node, *values: ir.Value | None) -> None:
+        """Replace a node's outputs by `values`, in order, and erase it.
+
+        A None keeps no replacement: that output must have no use.
+        """
+        for old, new in zip(node.outputs, values, strict=True):
+            if new is not None:
+                self.replace_value(old, new)
+        self.erase(node)
+
+    def replace_input(self, node: ir.Node, index: int, value: ir.Value | None) -> None:
+        """Give a node another input."""
+        before = node.inputs[index]
+        if before is value:
+            return
+        self.modified = True
+        node.replace_input_with(index, value)
+        self._tell_changed(node)
+        if before is not None and (producer := before.producer()) is not None:
+            self._tell_changed(producer)
+
+    def set_attribute(self, node: ir.Node, name: str, value: Any) -> None:
+        """Set an attribute to a plain Python value; None removes it."""
+        self.modified = True
+        if value is None:
+            node.attributes.pop(name, None)
+        else:
+            node.attributes[name] = ir.convenience.convert_attribute(name, value)
+        self._tell_changed(node)
+
+    # --- inserting and erasing ---------------------------------------------------------------
+
+    def insert_before(self, anchor: ir.Node, node: ir.Node) -> ir.Node:
+        """Put `node` before `anchor`; it inherits the anchor's metadata where it has none."""
+        graph = anchor.graph
+        assert isinstance(graph, ir.Graph | ir.Function)
+        _inherit_node(anchor, node)
+        self._name_outputs(anchor, node)
+        graph.insert_before(anchor, node)
+        self._tell_inserted(node)
+        return node
+
+    def insert_after(self, anchor: ir.Node, node: ir.Node) -> ir.Node:
+        """Put `node` after `anchor`; it inherits the anchor's metadata where it has none."""
+        graph = anchor.graph
+        assert isinstance(graph, ir.Graph | ir.Function)
+        _inherit_node(anchor, node)
+        self._name_outputs(anchor, node)
+        graph.insert_after(anchor, node)
+        self._tell_inserted(node)
+        return node
+
+    def erase(self, node: ir.Node) -> None:
+        """Remove a node whose outputs have no use."""
+        graph = node.graph
+        if graph is None:
+            return
+        self.modified = True
+        producers = [p for v in node.inputs if v is not None and (p := v.producer()) is not None]
+        graph.remove(node, safe=True)
+        for listener in self._listeners:
+            listener.erased(node)
+        for producer in producers:
+            self._tell_changed(producer)
+
+    def initializer(
+        self, anchor: ir.Node, base_name: str, data: np.ndarray | ir.TensorProtocol
+    ) -> ir.Value:
+        """A new initializer in the graph that holds `anchor`."""
+        graph = anchor.graph
+        if isinstance(graph, ir.Function):
+            graph = graph.graph
+        assert isinstance(graph, ir.Graph)
+        self.modified = True
+        return add_initializer(graph, base_name, data)
+
+    # --- listeners ---------------------------------------------------------------------------
+
+    def _name_outputs(self, anchor: ir.Node, node: ir.Node) -> None:
+        graph = anchor.graph
+        if isinstance(graph, ir.Function):
+            graph = graph.graph
+        if not isinstance(graph, ir.Graph):
+            return
+        for i, value in enumerate(node.outputs):
+            if value.name is None:
+                base = anchor.outputs[min(i, len(anchor.outputs) - 1)].name or node.op_type
+                value.name = fresh_name(graph, f"{base}/{node.op_type}")
+
+    def _tell_inserted(self, node: ir.Node) -> None:
+        self.modified = True
+        for listener in self._listeners:
+            listener.inserted(node)
+
+    def _tell_changed(self, node: ir.Node) -> None:
+        for listener in self._listeners:
+            listener.changed(node)
+
+
+class Builder:
+    """Makes nodes in place of one: `build.Add(x, y, axis=1)` inserts before the anchor.
+
+    Inputs may be values, None (an omitted input) or numpy arrays (which become initializers).
+    Returns the node's first output; `build.node(...)` returns the node. The domain of the last call
+    can be set with `_domain`, the number of outputs with `_outputs`.
+    """
+
+    def __init__(self, editor: Editor, anchor: ir.Node) -> None:
+        self._editor = editor
+        self._anchor = anchor
+
+    def node(
+        self,
+        op_type: str,
+        *inputs: ir.Value | np.ndarray | None,
+        _domain: str = "",
+        _outputs: int = 1,
+        **attributes: Any,
+    ) -> ir.Node:
+        values = [
+            self._editor.initializer(self._anchor, f"{self._anchor.outputs[0].name}/{op_type}/c", v)
+            if isinstance(v, np.ndarray)
+            else v
+            for v in inputs
+        ]
+        node = ir.Node(
+            _domain,
+            op_type,
+            values,
+            ir.convenience.convert_attributes(
+                {k: v for k, v in attributes.items() if v is not None}
+            ),
+            num_outputs=_outputs,
+            name=self._anchor.name,
+        )
+        return self._editor.insert_before(self._anchor, node)
+
+    def __getattr__(self, op_type: str) -> Any:
+        if op_type.startswith("_"):
+            raise AttributeError(op_type)
+
+        def make(*inputs: ir.Value | np.ndarray | None, **kwargs: Any) -> ir.Value:
+            return self.node(op_type, *inputs, **kwargs).outputs[0]
+
+        return make
+
+
+def _output_slots(value: ir.Value) -> list[int]:
+    graph = value.graph
+    if graph is None or not value.is_graph_output():
+        return []
+    return [i for i, output in enumerate(graph.outputs) if output is value]
+
+
+def _is_static(value: ir.Value) -> bool:
+    return value.shape is not None and value.shape.is_static()
+
+
+def _inherit_value(old: ir.Value, new: ir.Value) -> None:
+    if new.type is None:
+        new.type = old.type
+    if new.shape is None:
+        new.shape = old.shape
+    elif old.shape is not None and len(old.shape) == len(new.shape) and new.producer() is not None:
+        dims = [
+            n if type(n) is int or (o := old.shape[i]) is None or _unknown(o) else o
+            for i, n in enumerate(new.shape.dims)
+        ]
+        if tuple(dims) != new.shape.dims:
+            new.shape = ir.Shape(dims)
+    for key, item in old.metadata_props.items():
+        new.metadata_props.setdefault(key, item)
+    for key, item in old.meta.items():
+        new.meta.setdefault(key, item)
+
+
+def _unknown(dim: Any) -> bool:
+    return isinstance(dim, ir.SymbolicDim) and dim.value is None
+
+
+def _inherit_node(source: ir.Node | None, node: ir.Node) -> None:
+    if source is None:
+        return
+    for key, item in source.metadata_props.items():
+        node.metadata_props.setdefault(key, item)
+    for key, item in source.meta.items():
+        node.meta.setdefault(key, item)
+
+
+def inherit_metadata(sources: Iterable[ir.Node], nodes: Iterable[ir.Node]) -> None:
+    """Give each of `nodes` the metadata (source line, module path) of the first source with it."""
+    sources = list(sources)
+    for node in nodes:
+        for source in sources:
+            _inherit_node(source, node)
