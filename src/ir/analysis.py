@@ -6,7 +6,7 @@ are linear passes of our own (reachability by merging is quadratic in networkx).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import networkx as nx
@@ -22,7 +22,7 @@ def to_networkx(graph: ir.Graph) -> Any:
     """
     nodes = list(graph)
     position = {id(node): i for i, node in enumerate(nodes)}
-    result = nx.DiGraph()
+    result: Any = nx.DiGraph()
     result.add_nodes_from((i, {"op": n.op_type, "name": n.name}) for i, n in enumerate(nodes))
     for i, node in enumerate(nodes):
         for value in used_values(node):
@@ -132,7 +132,7 @@ def partition(graph: ir.Graph, supported: Callable[[ir.Node], bool]) -> list[lis
             i = parent[i]
         return i
 
-    sources: list[Sequence[int]] = []
+    sources: list[list[int]] = []
     for i, node in enumerate(nodes):
         found = [
             position[id(p)]

@@ -24,7 +24,8 @@ def format_model(model: ir.Model, *, sources: bool = False) -> str:
 
     `sources` adds the user's source line to each node that has one.
     """
-    lines = [f"opset {', '.join(f'{d or 'ai.onnx'} {v}' for d, v in _sorted(model.opset_imports))}"]
+    opsets = sorted(model.opset_imports.items())
+    lines = ["opset " + ", ".join(f"{domain or 'ai.onnx'} {v}" for domain, v in opsets)]
     lines += _format_graph(model.graph, "", sources, "graph")
     for function in model.functions.values():
         lines.append("")
@@ -123,7 +124,3 @@ def _tensor(tensor: ir.TensorProtocol | None) -> str:
 
 def _number(value: Any) -> str:
     return f"{value:.9g}" if isinstance(value, float) else str(value)
-
-
-def _sorted(imports: dict[str, int]) -> list[tuple[str, int]]:
-    return sorted(imports.items())

@@ -1,0 +1,97 @@
+"""Targets by name: `get_target("arm64/tvm")`. A name can be taken once.
+
+Here: the built-in targets, those registered by plugins, and the `/runtime` suffix. Not here: what a
+target is (`target`), passes and rules (`passes.registry`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import platform
+
+from ..errors import PluginError, UnknownTargetError
+from .target import Runtime, Target
+
+_targets: dict[str, tuple[Target, str]] = {}
+_loaded = False
+
+
+def register_target(target: Target, *, owner: str = "") -> Target:
+    """Make a target known by its name.
+
+    Raises:
+        PluginError: another target has the name; both owners are named.
+    """
+    _load_built_in()
+    return _register(target, owner or "a call of register_target")
+
+
+def _register(target: Target, owner: str) -> Target:
+    present = _targets.get(target.name)
+    if present is not None and present[0] != target:
+        raise PluginError(
+            f"Two targets are called {target.name!r}",
+            where=f"{present[1]} and {owner}",
+            why="`target=...` could not tell them apart",
+            fix="derive yours with `replace(name=...)`",
+        )
+    _targets[target.name] = (target, owner)
+    return target
+
+
+def targets() -> dict[str, Target]:
+    """All known targets by name."""
+    _load_built_in()
+    return {name: item[0] for name, item in sorted(_targets.items())}
+
+
+def get_target(name: str | Target) -> Target:
+    """The target of that name; `host` is this machine; `arm64/tvm` picks the runtime.
+
+    Raises:
+        UnknownTargetError: no such target, or not with that runtime.
+    """
+    if isinstance(name, Target):
+        return name
+    known = targets()
+    base, _, runtime = name.partition("/")
+    base = host_name() if base == "host" else base
+    full = f"{base}/{runtime}" if runtime and runtime != Runtime.ONNXRUNTIME else base
+    if full in known:
+        return known[full]
+    near = difflib.get_close_matches(full, known, 2)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise UnknownTargetError(
+        f"There is no target {name!r}",
+        why="no built-in target or plugin has that name",
+        fix=f"{hint}targets are: {', '.join(known)}; derive your own with `replace(name=...)`",
+    )
+
+
+def host_name() -> str:
+    """The name of the built-in target that fits this machine.
+
+    Raises:
+        UnknownTargetError: a machine that is neither x86-64 nor arm64.
+    """
+    machine = platform.machine().lower()
+    if machine in ("x86_64", "amd64"):
+        return "x86_64"
+    if machine in ("aarch64", "arm64"):
+        return "arm64"
+    raise UnknownTargetError(
+        f"This machine ({machine}) has no built-in target",
+        fix="name one of the targets, or describe the machine with a Target of your own",
+    )
+
+
+def _load_built_in() -> None:
+    global _loaded
+    if _loaded:
+        return
+    _loaded = True
+    from . import arm64, cuda, riscv64, vulkan, x86_64
+
+    for module in (arm64, x86_64, cuda, vulkan, riscv64):
+        for target in module.TARGETS:
+            _register(target, module.__name__)
