@@ -1,0 +1,302 @@
+"""A model as a shared library: import, schedule, generate code, link, describe.
+
+Here: `TvmTarget`, `emit`, and the report of what was made. Not here: the schedules themselves
+(`schedules`), GPU code generators (`gpu`), linking (`crosscompile`), running (`run`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+
+from ...errors import EdgepassError, LoweringError, UsageError
+from ...ir.graph import static_shape
+from .crosscompile import ELF_MACHINES, architecture_of, elf_machine, fcompile, find_linker
+from .gpu import check_gpu_module, gpu_target, lower_gpu, require_code_generator
+from .importer import USE_ONNX_RUNTIME, first_line, require_tvm, to_relax
+from .prepare import dim_key, fix_dims
+from .run import SIDE_FILE_FORMAT, TensorInfo, side_file
+
+if TYPE_CHECKING:
+    from .schedules.spec import CpuSpec
+
+GPU_KINDS = ("cuda", "vulkan")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TvmTarget:
+    """What TVM generates code for.
+
+    Fields:
+        kind: `"llvm"` (a CPU), `"cuda"`, or `"vulkan"`.
+        cpu: the CPU; for a GPU its host, None for an x86-64 host.
+        cross_compile: link for `cpu.triple` also where that is not this machine; without it such
+            a target is refused.
+        tuning_trials: MetaSchedule's budget for what has no schedule of ours; 0 is off.
+        arch: the GPU's compute capability, for `"cuda"`.
+    """
+
+    kind: str = "llvm"
+    cpu: CpuSpec | None = None
+    cross_compile: bool = True
+    tuning_trials: int = 0
+    arch: str = "sm_75"
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("llvm", *GPU_KINDS):
+            raise UsageError(
+                f"TVM has no target kind {self.kind!r} here",
+                why=f"known kinds: llvm, {', '.join(GPU_KINDS)}",
+                fix="use one of them",
+            )
+        if self.kind == "llvm" and self.cpu is None:
+            raise UsageError("A CPU target needs `cpu`", fix="pass cpu=X86_64_AVX2 or another")
+        if self.tuning_trials < 0:
+            raise UsageError("tuning_trials is negative", fix="pass 0 or more")
+
+    def __str__(self) -> str:
+        if self.cpu is None or self.kind != "llvm":
+            return f"{self.kind} {self.arch}" if self.kind == "cuda" else self.kind
+        return f"llvm {self.cpu.triple} {self.cpu.mcpu}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TvmEmitReport:
+    """What was made. `schedule` is the CPU scheduler's own report, None for a GPU.
+
+    `kernels` are the names of the compiled functions, `unscheduled` those that no rule of ours
+    covered (None when the scheduler does not say). `library_bytes` is the `.so` as linked with
+    `linker`, `params_bytes` a separate weights file or 0. `note` says what was not proven.
+    """
+
+    library: Path
+    kernels: tuple[str, ...]
+    schedule: Any
+    unscheduled: tuple[str, ...]
+    library_bytes: int
+    params_bytes: int
+    seconds: float
+    linker: str
+    target: str
+    note: str = ""
+
+
+def emit(
+    model: ir.Model,
+    target: TvmTarget,
+    out: Path,
+    *,
+    dims: Mapping[str, int] | None = None,
+) -> TvmEmitReport:
+    """Compile `model` into the shared library `out` and its side file `<stem>.json`.
+
+    Args:
+        model: a graph of opset 13 or newer with weights; it is not changed.
+        target: what to generate code for.
+        out: the library to write, ending in `.so`; the same input gives the same bytes.
+        dims: symbolic dimension -> size, to fix before compiling; the others stay symbolic.
+
+    Raises:
+        UnsupportedOpError: TVM cannot import a node.
+        MissingDependencyError: TVM, the code generator or a linker is not there.
+        LoweringError: TVM or the linker refused the program.
+    """
+    started = time.perf_counter()
+    tvm = require_tvm()
+    if target.kind in GPU_KINDS:
+        require_code_generator(target.kind)
+    triple = target.cpu.triple if target.cpu is not None else "x86_64-linux-gnu"
+    linker = find_linker(triple)
+    _check_cross(target, triple)
+    if dims:
+        model = fix_dims(model, dims)
+    module = to_relax(model)
+    note = ""
+    schedule: Any = None
+    with _lowering_errors(target):
+        if target.kind in GPU_KINDS:
+            tvm_target = gpu_target(target.kind, target.arch, triple)
+            module = lower_gpu(module, tvm_target)
+        else:
+            assert target.cpu is not None
+            tvm_target = cpu_target(target.cpu)
+            module, schedule = _lower_cpu(module, target, tvm_target)
+        executable = _build(module, tvm_target)
+    if target.kind in GPU_KINDS:
+        note = check_gpu_module(executable.mod, target.kind)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with _lowering_errors(target):
+        executable.export_library(str(out), fcompile=fcompile(linker, triple))
+    _check_library(out, triple)
+    info = _describe(model, target, tvm.__version__)
+    side_file(out).write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
+    return TvmEmitReport(
+        library=out,
+        kernels=_kernels(module),
+        schedule=schedule,
+        unscheduled=tuple(getattr(schedule, "unscheduled", ())),
+        library_bytes=out.stat().st_size,
+        params_bytes=0,
+        seconds=time.perf_counter() - started,
+        linker=linker.name,
+        target=str(target),
+        note=note,
+    )
+
+
+def cpu_target(cpu: CpuSpec) -> Any:
+    """The `tvm.target.Target` of a CPU."""
+    import tvm
+
+    fields: dict[str, Any] = {"kind": "llvm", "mtriple": cpu.triple}
+    if cpu.mcpu:
+        fields["mcpu"] = cpu.mcpu
+    if cpu.mattr:
+        fields["mattr"] = list(cpu.mattr)
+    return tvm.target.Target(fields)
+
+
+def _check_cross(target: TvmTarget, triple: str) -> None:
+    from .crosscompile import host_architecture
+
+    if target.cross_compile or architecture_of(triple) == host_architecture():
+        return
+    raise UsageError(
+        f"The target is for {architecture_of(triple)}, and this machine is {host_architecture()}",
+        why="cross_compile=False",
+        fix="set cross_compile=True, or compile on the device",
+    )
+
+
+# --- passes and code generation --------------------------------------------------------------
+
+
+def _lower_cpu(module: Any, target: TvmTarget, tvm_target: Any) -> tuple[Any, Any]:
+    """Relax operators to fused, scheduled loops; what no rule covers keeps TVM's plain loops."""
+    import tvm
+    from tvm import relax
+    from tvm.relax.backend.cpu_generic import pipeline as cpu_passes
+
+    schedule: Any = None
+    passes = [
+        relax.transform.DecomposeOpsForInference(),
+        relax.transform.CanonicalizeBindings(),
+    ]
+    with tvm_target, _quiet():
+        module = tvm.transform.Sequential(passes)(module)
+        lower = [
+            *cpu_passes.library_dispatch_passes(tvm_target),
+            *cpu_passes.legalize_passes(tvm_target),
+            relax.transform.DeadCodeElimination(),
+        ]
+        module = tvm.transform.Sequential(lower)(module)
+    return module, schedule
+
+
+def _build(module: Any, tvm_target: Any) -> Any:
+    """Code for lowered functions, and the virtual machine's program that calls them."""
+    import tvm
+    from tvm import relax
+    from tvm.relax.backend.cpu_generic import pipeline as cpu_passes
+
+    if tvm_target.kind.name == "llvm":
+        passes = [
+            *cpu_passes.dataflow_lower_passes(tvm_target),
+            *cpu_passes.finalize_passes(tvm_target),
+        ]
+        pipeline = tvm.transform.Sequential(passes)
+    else:
+        pipeline = relax.get_pipeline("default_build")
+    with tvm.transform.PassContext(opt_level=3), _quiet():
+        return relax.build(module, tvm_target, relax_pipeline=pipeline)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
+def _lowering_errors(target: TvmTarget) -> Iterator[None]:
+    """Turn whatever TVM raises into a `LoweringError`."""
+    try:
+        yield
+    except EdgepassError:
+        raise
+    except Exception as error:  # TVM raises RuntimeError, ValueError, and errors of its own
+        raise LoweringError(
+            "TVM could not compile the graph",
+            where=str(target),
+            why=first_line(error),
+            fix=f"{USE_ONNX_RUNTIME}; dynamic dimensions, if any, can be fixed with dims={{...}}",
+        ) from error
+
+
+def _kernels(module: Any) -> tuple[str, ...]:
+    from tvm import tirx
+
+    names = (
+        var.name_hint for var, func in module.functions.items() if isinstance(func, tirx.PrimFunc)
+    )
+    return tuple(sorted(names))
+
+
+def _check_library(out: Path, triple: str) -> None:
+    expected = ELF_MACHINES.get(architecture_of(triple))
+    found = elf_machine(out)
+    if found != expected:
+        raise LoweringError(
+            "The linker made a library for another machine",
+            where=os.fspath(out),
+            why=f"ELF machine {found}, expected {expected} for {triple}",
+            fix="remove the compiler that does so from PATH, or install ziglang",
+        )
+
+
+# --- the side file ---------------------------------------------------------------------------
+
+
+def _describe(model: ir.Model, target: TvmTarget, version: str) -> dict[str, Any]:
+    inputs = [v for v in model.graph.inputs if not v.is_initializer()]
+    return {
+        "format": SIDE_FILE_FORMAT,
+        "inputs": [_entry(value) for value in inputs],
+        "outputs": [_entry(value) for value in model.graph.outputs],
+        "target": str(target),
+        "tvm": version,
+    }
+
+
+def _entry(value: ir.Value) -> dict[str, Any]:
+    info = TensorInfo(value.name or "", _shape(value), _dtype_name(value))
+    return {"name": info.name, "shape": info.shape, "dtype": info.dtype}
+
+
+def _shape(value: ir.Value) -> tuple[int | str, ...] | None:
+    if value.shape is None:
+        return None
+    static = static_shape(value)
+    if static is not None and all(d >= 0 for d in static):
+        return static
+    return tuple(
+        d if isinstance(d, int) and d >= 0 else dim_key(value, axis)
+        for axis, d in enumerate(value.shape.dims)
+    )
+
+
+def _dtype_name(value: ir.Value) -> str:
+    if value.dtype is None:
+        return "float32"
+    return str(value.dtype.numpy().name)
