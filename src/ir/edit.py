@@ -214,6 +214,11 @@ class Builder:
         self._editor = editor
         self._anchor = anchor
 
+    def initializer(self, name: str, data: np.ndarray | ir.TensorProtocol) -> ir.Value:
+        """A new initializer beside the anchor."""
+        base = f"{self._anchor.outputs[0].name}/{name}"
+        return self._editor.initializer(self._anchor, base, data)
+
     def node(
         self,
         op_type: str,
@@ -223,10 +228,7 @@ class Builder:
         **attributes: Any,
     ) -> ir.Node:
         values = [
-            self._editor.initializer(self._anchor, f"{self._anchor.outputs[0].name}/{op_type}/c", v)
-            if isinstance(v, np.ndarray)
-            else v
-            for v in inputs
+            self.initializer(f"{op_type}/c", v) if isinstance(v, np.ndarray) else v for v in inputs
         ]
         node = ir.Node(
             _domain,

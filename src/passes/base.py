@@ -21,11 +21,12 @@ import dataclasses
 import enum
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
+from ..ir.quant import QuantPlan
 from ..targets.target import Target
 
 Feed = Mapping[str, np.ndarray]
@@ -48,23 +49,18 @@ class Stage(enum.IntEnum):
     LOWER = 6
 
 
-class Calibration(Protocol):
-    """Representative inputs: iterable over samples as often as needed."""
-
-    def __iter__(self) -> Any: ...
-    def __len__(self) -> int: ...
-
-
 @dataclasses.dataclass(frozen=True)
 class Context:
     """What a pass may know besides the model.
 
     `target` is None when a pass is run on its own. `calibration` is a sequence of samples (each a
-    mapping from input name to array). `progress` is called with (done, total, what).
+    mapping from input name to array). `dims` gives symbolic dimensions the sizes at which costs
+    are counted. `progress` is called with (done, total, what).
     """
 
     target: Target | None = None
     calibration: Sequence[Feed] | None = None
+    dims: Mapping[str, int] = dataclasses.field(default_factory=dict)
     progress: Callable[[int, int, str], None] = lambda done, total, what: None
 
 
@@ -115,6 +111,14 @@ class Pass(abc.ABC):
         Raises:
             EdgepassError: when the model or the context lacks what the pass needs.
         """
+
+    def plan(self, model: ir.Model, context: Context) -> QuantPlan | None:
+        """What the pass would store where, without weights: how `estimate` prices it.
+
+        A pass that needs weights and changes what is stored overrides this. None: nothing is known
+        but the graph as it is.
+        """
+        return None
 
     def __str__(self) -> str:
         from .spec import format_pass

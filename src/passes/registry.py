@@ -1,7 +1,7 @@
 """Names of passes and rules: the built-in ones, entry points, and plugin files.
 
-Here: `register_pass`, `find_pass`, `load_plugin`. A name can be taken once; a second claim fails and
-names both owners. Not here: recipes (`pipelines`), targets (`targets.registry`).
+Here: `register_pass`, `find_pass`, `load_plugin`. A name can be taken once; a second claim fails
+and names both owners. Not here: recipes (`pipelines`), targets (`targets.registry`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from .base import Pass
 from .rules import RewriteRule
 
 PassClass = TypeVar("PassClass", bound=type[Pass])
-RuleClass = TypeVar("RuleClass", bound=type[RewriteRule])
 
 ENTRY_POINT_GROUP = "edgepass.plugins"
 
@@ -46,7 +45,6 @@ _BUILT_IN = (
 )
 
 _passes: dict[str, type[Pass]] = {}
-_rules: dict[str, type[RewriteRule]] = {}
 _loaded = False
 
 
@@ -60,16 +58,6 @@ def register_pass(cls: PassClass) -> PassClass:
     return cls
 
 
-def register_rule(cls: RuleClass) -> RuleClass:
-    """Make a rewrite rule known by its name, for `explain`. Works as a decorator.
-
-    Raises:
-        PluginError: another class has the name.
-    """
-    _claim(_rules, cls.name, cls, "rule")
-    return cls
-
-
 def passes() -> dict[str, type[Pass]]:
     """All known passes by name, in order of stage and name."""
     _load_built_in()
@@ -77,9 +65,8 @@ def passes() -> dict[str, type[Pass]]:
 
 
 def rules() -> dict[str, type[RewriteRule]]:
-    """All known rewrite rules by name."""
-    _load_built_in()
-    return dict(sorted(_rules.items()))
+    """All known rewrite rules by name. A rule is a pass too."""
+    return {name: cls for name, cls in passes().items() if issubclass(cls, RewriteRule)}
 
 
 def find_pass(name: str) -> type[Pass]:
@@ -94,8 +81,12 @@ def find_pass(name: str) -> type[Pass]:
         raise UnknownPassError(
             f"There is no pass or recipe {name!r}",
             why="no built-in pass, plugin or recipe has that name",
-            fix=_suggest(name, list(known), "`edgepass passes` lists them; "
-            "a pass of your own is made known with `--plugin file.py` or `register_pass`"),
+            fix=_suggest(
+                name,
+                list(known),
+                "`edgepass passes` lists them; "
+                "a pass of your own is made known with `--plugin file.py` or `register_pass`",
+            ),
         )
     return found
 
@@ -119,7 +110,7 @@ def find_rule(name: str) -> type[RewriteRule]:
 def load_plugin(source: str | Path) -> list[str]:
     """Load a plugin: a Python file, or the dotted name of a module. Returns what it added.
 
-    Every `Pass` and `RewriteRule` subclass and every `Target` that the module itself defines is
+    Every `Pass` (rules included) and every `Target` that the module itself defines is
     registered. Loading the same file twice adds nothing.
 
     Raises:
@@ -182,9 +173,6 @@ def _register_module(module: ModuleType, origin: str) -> list[str]:
         if issubclass(item, Pass):
             register_pass(item)
             added.append(item.name)
-        elif issubclass(item, RewriteRule):
-            register_rule(item)
-            added.append(item.name)
     if not added:
         raise PluginError(
             f"The plugin {origin!r} defines no pass, rule or target",
@@ -206,11 +194,9 @@ def _load_built_in() -> None:
                 and item.__module__ == module.__name__
                 and not inspect.isabstract(item)
                 and not item.__name__.startswith("_")
+                and issubclass(item, Pass)
             ):
-                if issubclass(item, Pass):
-                    register_pass(item)
-                elif issubclass(item, RewriteRule):
-                    register_rule(item)
+                register_pass(item)
     for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
         load_plugin(entry.value)
 
@@ -237,5 +223,3 @@ def _owner(cls: type) -> str:
 def _suggest(name: str, known: list[str], otherwise: str) -> str:
     near = difflib.get_close_matches(name.replace("-", "_"), known, 2)
     return f"did you mean {' or '.join(near)}? {otherwise}" if near else otherwise
-
-

@@ -1,0 +1,273 @@
+"""Constant folding, bounded so that it never makes a model larger in any way that matters."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from ...errors import EdgepassError, PassOptionError
+from ...ir.edit import Editor
+from ...ir.graph import (
+    ONNX_DOMAINS,
+    add_initializer,
+    constant_tensor,
+    has_subgraphs,
+    is_absent,
+    is_onnx_op,
+    static_shape,
+)
+from ...ir.ops import is_deterministic, is_pure
+from ..base import Context, Pass, PassResult, Stage
+
+_NOT_FOLDED = frozenset({"Constant", "DequantizeLinear"})
+"""Constant has its own step; a DequantizeLinear of a weight *is* the quantized form."""
+
+_FOREIGN = frozenset({ir.DataType.STRING, ir.DataType.UNDEFINED})
+
+
+@dataclasses.dataclass(frozen=True)
+class FoldConstants(Pass):
+    """Computes, once and for all, what depends on constants only.
+
+    A result may be larger than the constants that it makes unnecessary by `max_growth` bytes at
+    most; an expansion (`Expand`, `ConstantOfShape`, `Tile`) over that stays an operator. `Constant`
+    nodes become initializers. Values are computed by ONNX Runtime, all in one session.
+
+        y = Add(x, Mul(2, 3))   ->   y = Add(x, 6)
+    """
+
+    stage: ClassVar[Stage] = Stage.CLEANUP
+    idempotent: ClassVar[bool] = True
+    fixpoint: ClassVar[bool] = True
+
+    max_growth: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.max_growth < 0:
+            raise PassOptionError(
+                f"max_growth can't be {self.max_growth}",
+                where="fold_constants",
+                fix="give a number of bytes, 0 or more",
+            )
+
+    def run(self, model: ir.Model, context: Context) -> PassResult:
+        editor = Editor()
+        lifted = folded = 0
+        opsets = {d: v for d, v in model.opset_imports.items() if d in ONNX_DOMAINS}
+        for graph in (model.graph, *model.graph.subgraphs()):
+            lifted += _lift_constants(graph, editor)
+            folded += self._fold(graph, opsets, editor)
+        found = ((folded, "folded {} nodes"), (lifted, "{} constants to initializers"))
+        notes = tuple(text.format(count) for count, text in found if count)
+        return PassResult(model, bool(notes), notes)
+
+    def _fold(self, graph: ir.Graph, opsets: dict[str, int], editor: Editor) -> int:
+        candidates = self._candidates(graph)
+        if not candidates:
+            return 0
+        chosen = {id(node) for node in candidates}
+        frontier = [
+            value
+            for node in candidates
+            for value in node.outputs
+            if value.is_graph_output() or any(id(u) not in chosen for u in value.consumers())
+        ]
+        results = _evaluate(candidates, frontier, opsets)
+        for value, array in results:
+            producer = value.producer()
+            assert producer is not None
+            editor.replace_value(value, add_initializer(graph, f"{value.name}/folded", array))
+        folded = 0
+        for node in reversed(candidates):
+            if not any(v.uses() or v.is_graph_output() for v in node.outputs):
+                editor.erase(node)
+                folded += 1
+        return folded
+
+    def _candidates(self, graph: ir.Graph) -> list[ir.Node]:
+        """Nodes to fold, in graph order.
+
+        `gain` is, for each constant value, the bytes of stored constants that only it needs. A
+        node is folded when its own results are small enough, or when all of their users are
+        folded (an expansion on the way to something small), up to 64 MB of scratch.
+        """
+        gain: dict[int, int] = {}
+        order: list[ir.Node] = []
+        for node in graph:
+            if not _foldable(node):
+                continue
+            gained = 0
+            for value in node.inputs:
+                if value is None:
+                    continue
+                producer = value.producer()
+                if producer is not None and id(producer) in gain:
+                    gained += gain[id(producer)] if len(value.uses()) == 1 else 0
+                elif (tensor := _readable(value)) is None:
+                    break
+                elif len(value.uses()) == 1:
+                    gained += tensor.nbytes
+            else:
+                gain[id(node)] = gained
+                order.append(node)
+        kept: set[int] = set()
+        for node in reversed(order):
+            size = _result_bytes(node)
+            inner = all(
+                v.uses() and all(id(u) in kept for u in v.consumers()) and not v.is_graph_output()
+                for v in node.outputs
+            )
+            limit = (64 << 20) if inner else gain[id(node)] + self.max_growth
+            if size is not None and size <= limit:
+                kept.add(id(node))
+        return _closed([node for node in order if id(node) in kept])
+
+
+def _readable(value: ir.Value) -> ir.TensorProtocol | None:
+    tensor = constant_tensor(value)
+    return None if tensor is None or is_absent(tensor) or tensor.dtype in _FOREIGN else tensor
+
+
+def _closed(nodes: list[ir.Node]) -> list[ir.Node]:
+    """Without the nodes that depend on a foldable node that was turned down."""
+    kept: set[int] = set()
+    result = []
+    for node in nodes:
+        if all(
+            v is None
+            or constant_tensor(v) is not None
+            or ((p := v.producer()) is not None and id(p) in kept)
+            for v in node.inputs
+        ):
+            kept.add(id(node))
+            result.append(node)
+    return result
+
+
+def _foldable(node: ir.Node) -> bool:
+    if node.domain not in ONNX_DOMAINS or node.op_type in _NOT_FOLDED or has_subgraphs(node):
+        return False
+    if not is_pure(node) or not is_deterministic(node):
+        return False
+    if any(a.is_ref() for a in node.attributes.values()):
+        return False
+    if any(v.dtype is None or v.dtype in _FOREIGN or not v.name for v in node.outputs):
+        return False
+    if any(not isinstance(v.type, ir.TensorType) for v in node.outputs):
+        return False
+    # an Identity that returns a constant from the graph is already as folded as can be
+    return not (is_onnx_op(node, "Identity") and node.outputs[0].is_graph_output())
+
+
+def _result_bytes(node: ir.Node) -> int | None:
+    total = 0
+    for value in node.outputs:
+        shape = static_shape(value)
+        if shape is None or value.dtype is None:
+            return None
+        total += math.ceil(math.prod(shape) * value.dtype.itemsize)
+    return total
+
+
+def _evaluate(
+    nodes: list[ir.Node], frontier: list[ir.Value], opsets: dict[str, int]
+) -> list[tuple[ir.Value, np.ndarray]]:
+    """Run the nodes; when the runtime refuses them together, one by one, skipping what fails."""
+    try:
+        return _run(nodes, frontier, opsets)
+    except EdgepassError:
+        pass
+    results: list[tuple[ir.Value, np.ndarray]] = []
+    known: dict[int, np.ndarray] = {}
+    for node in nodes:
+        try:
+            for value, array in _run([node], list(node.outputs), opsets, known):
+                known[id(value)] = array
+        except EdgepassError:
+            continue
+    for value in frontier:
+        if id(value) in known:
+            results.append((value, known[id(value)]))
+    return results
+
+
+def _run(
+    nodes: Iterable[ir.Node],
+    wanted: list[ir.Value],
+    opsets: dict[str, int],
+    known: dict[int, np.ndarray] | None = None,
+) -> list[tuple[ir.Value, np.ndarray]]:
+    from ...targets.onnxruntime import OrtRunner
+
+    copies: dict[int, ir.Value] = {}
+    feed: dict[str, np.ndarray] = {}
+    inputs: list[ir.Value] = []
+    made: list[ir.Node] = []
+
+    def source(value: ir.Value) -> ir.Value:
+        if id(value) not in copies:
+            array = (known or {}).get(id(value))
+            if array is None:
+                tensor = constant_tensor(value)
+                if tensor is None:
+                    raise EdgepassError(f"{value.name!r} was not computed")
+                array = tensor.numpy()
+            copy = ir.Value(
+                name=f"c{len(copies)}",
+                shape=ir.Shape(array.shape),
+                type=ir.TensorType(value.dtype or constant_tensor(value).dtype),  # type: ignore[union-attr]
+            )
+            copies[id(value)] = copy
+            inputs.append(copy)
+            assert copy.name is not None
+            feed[copy.name] = array
+        return copies[id(value)]
+
+    for node in nodes:
+        outputs = []
+        for value in node.outputs:
+            copy = ir.Value(name=f"v{len(made)}_{len(outputs)}", shape=value.shape, type=value.type)
+            copies[id(value)] = copy
+            outputs.append(copy)
+        made.append(
+            ir.Node(
+                node.domain,
+                node.op_type,
+                [None if v is None else source(v) for v in node.inputs],
+                [ir.Attr(a.name, a.type, a.value) for a in node.attributes.values()],
+                outputs=outputs,
+                name=f"n{len(made)}",
+            )
+        )
+    graph = ir.Graph(
+        inputs,
+        [copies[id(value)] for value in wanted],
+        nodes=made,
+        opset_imports=opsets,
+        name="folding",
+    )
+    with OrtRunner(ir.Model(graph, ir_version=10), optimize=False) as runner:
+        results = runner.run(feed)
+    return [(value, results[copies[id(value)].name or ""]) for value in wanted]
+
+
+def _lift_constants(graph: ir.Graph, editor: Editor) -> int:
+    lifted = 0
+    for node in list(graph):
+        if not is_onnx_op(node, "Constant") or node.outputs[0].is_graph_output():
+            continue
+        value = node.outputs[0]
+        tensor = constant_tensor(value)
+        if tensor is None or tensor.dtype in _FOREIGN:
+            continue
+        name = value.name or "constant"
+        initializer = add_initializer(graph, name, tensor)
+        editor.replace_value(value, initializer)
+        editor.erase(node)
+        lifted += 1
+    return lifted

@@ -1,0 +1,196 @@
+"""The ledger: one line a pass, with what it bought and what it cost.
+
+Here: rows, their table and plain data. Not here: running passes (`driver`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import onnx_ir as ir
+
+from ..ir.graph import graphs, node_count
+from ..ir.ops import graph_cost
+from .probe import NumericError
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """What the ledger watches of a model.
+
+    `nodes` without Constant nodes; `weight_bytes` the initializers and constants as stored;
+    `macs` multiply-accumulates of one inference, None when some operator's are unknown.
+    """
+
+    nodes: int
+    weight_bytes: int
+    macs: int | None
+
+
+def measure(model: ir.Model, dims: Mapping[str, int] | None = None) -> Measure:
+    """Count nodes, stored bytes and MACs, symbolic dimensions at the sizes in `dims`."""
+    stored = 0
+    for graph in graphs(model):
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                stored += value.const_value.nbytes
+        for node in graph:
+            if node.op_type == "Constant":
+                for attribute in node.attributes.values():
+                    if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
+                        stored += attribute.as_tensor().nbytes
+    return Measure(node_count(model), stored, graph_cost(model.graph, dims, model.functions).macs)
+
+
+@dataclasses.dataclass(frozen=True)
+class LedgerRow:
+    """One pass. `error` is against the model before the pass; None when it was not checked, and
+    `error_note` then says why. `runs` counts the rounds of a fixpoint group."""
+
+    name: str
+    before: Measure
+    after: Measure
+    seconds: float
+    modified: bool
+    runs: int = 1
+    error: NumericError | None = None
+    error_note: str = ""
+    notes: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for `--json` and the manifest. Time is left out: it never repeats."""
+        return {
+            "pass": self.name,
+            "modified": self.modified,
+            "nodes": [self.before.nodes, self.after.nodes],
+            "weight_bytes": [self.before.weight_bytes, self.after.weight_bytes],
+            "macs": [self.before.macs, self.after.macs],
+            "error": None if self.error is None else self.error.relative,
+            "sqnr_db": None if self.error is None else _finite(self.error.sqnr_db),
+            "error_note": self.error_note,
+            "notes": list(self.notes),
+        }
+
+
+@dataclasses.dataclass
+class Ledger:
+    """The rows of one compilation, in the order in which passes ran, and a total error."""
+
+    rows: list[LedgerRow] = dataclasses.field(default_factory=list)
+    total_error: NumericError | None = None
+
+    @property
+    def before(self) -> Measure | None:
+        """The model as it came."""
+        return self.rows[0].before if self.rows else None
+
+    @property
+    def after(self) -> Measure | None:
+        """The model as it left."""
+        return self.rows[-1].after if self.rows else None
+
+    @property
+    def seconds(self) -> float:
+        """Seconds spent in passes."""
+        return sum(row.seconds for row in self.rows)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for `--json` and the manifest."""
+        return {
+            "rows": [row.as_dict() for row in self.rows],
+            "total_error": None if self.total_error is None else self.total_error.relative,
+        }
+
+    def table(self) -> Any:
+        """A `rich.table.Table`."""
+        from rich.table import Table
+
+        table = Table(title="Ledger", title_justify="left", show_edge=False, pad_edge=False)
+        for heading in ("pass", "nodes", "weights", "MACs", "error", "seconds", "notes"):
+            right = heading not in ("pass", "notes")
+            table.add_column(
+                heading,
+                justify="right" if right else "left",
+                overflow="fold",
+                no_wrap=right,
+            )
+        for row in self._lines():
+            table.add_row(*row)
+        return table
+
+    def _lines(self) -> list[tuple[str, ...]]:
+        lines = []
+        for row in self.rows:
+            error = str(row.error) if row.error is not None else row.error_note or "-"
+            lines.append(
+                (
+                    row.name + (f" x{row.runs}" if row.runs > 1 else ""),
+                    _change(str(row.before.nodes), str(row.after.nodes)),
+                    _change(
+                        format_bytes(row.before.weight_bytes), format_bytes(row.after.weight_bytes)
+                    ),
+                    _change(format_count(row.before.macs), format_count(row.after.macs)),
+                    error if row.modified else "unchanged",
+                    f"{row.seconds:.2f}",
+                    "; ".join(row.notes),
+                )
+            )
+        if self.rows and self.before is not None and self.after is not None:
+            error = "-" if self.total_error is None else str(self.total_error)
+            lines.append(
+                (
+                    "total",
+                    _change(str(self.before.nodes), str(self.after.nodes)),
+                    _change(
+                        format_bytes(self.before.weight_bytes),
+                        format_bytes(self.after.weight_bytes),
+                    ),
+                    _change(format_count(self.before.macs), format_count(self.after.macs)),
+                    error,
+                    f"{self.seconds:.2f}",
+                    "",
+                )
+            )
+        return lines
+
+    def __str__(self) -> str:
+        rows = [("pass", "nodes", "weights", "MACs", "error", "seconds", "notes"), *self._lines()]
+        widths = [max(len(row[i]) for row in rows) for i in range(6)]
+        return "\n".join(
+            "  ".join(
+                [row[0].ljust(widths[0])]
+                + [row[i].rjust(widths[i]) for i in range(1, 6)]
+                + [row[6]]
+            ).rstrip()
+            for row in rows
+        )
+
+
+def format_bytes(count: int | float | None) -> str:
+    """Bytes for people, in powers of ten: `3.5 MB`."""
+    if count is None:
+        return "?"
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count:.0f} B"
+
+
+def format_count(count: int | float | None) -> str:
+    """A count for people: `300.1 M`."""
+    if count is None:
+        return "?"
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count:.0f}"
+
+
+def _change(before: str, after: str) -> str:
+    return after if before == after else f"{before} > {after}"
+
+
+def _finite(number: float) -> float | None:
+    return number if abs(number) != float("inf") else None

@@ -1,0 +1,168 @@
+"""Running a model on sample inputs to see what a pass did to its numbers.
+
+Here: making inputs for any model, running it unoptimized, and the error between two results. Used
+by the driver, `bisect` and the golden sample. Not here: accuracy on real data (`evaluate`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from ..ir.graph import is_onnx_op, static_shape
+from .base import Feed
+
+_BATCH_NAMES = ("batch", "n", "b", "bs")
+
+
+def sample_inputs(
+    model: ir.Model, *, seed: int = 0, dims: Mapping[str, int] | None = None
+) -> dict[str, np.ndarray]:
+    """Random inputs that fit the model's signature; the same for the same seed.
+
+    Floats are standard normal; integers lie within the table they index, where one is found, else
+    in {0, 1}; strings are 'a'. A symbolic dimension takes its value from `dims`, else 1 for a
+    batch (by name or position) and 32 otherwise; the same name gets the same value everywhere.
+    """
+    generator = np.random.default_rng(seed)
+    bindings = dict(dims or {})
+    feed = {}
+    for value, shape in _bound_inputs(model, bindings):
+        assert value.name is not None
+        feed[value.name] = _random(value, shape, generator)
+    return feed
+
+
+def default_dims(model: ir.Model, dims: Mapping[str, int] | None = None) -> dict[str, int]:
+    """A size for every named dimension of the inputs, by the rules of `sample_inputs`."""
+    bindings = dict(dims or {})
+    for _ in _bound_inputs(model, bindings):
+        pass
+    return bindings
+
+
+def _bound_inputs(
+    model: ir.Model, bindings: dict[str, int]
+) -> Iterator[tuple[ir.Value, list[int]]]:
+    for value in model.graph.inputs:
+        if value.is_initializer() or value.name is None:
+            continue
+        yield (
+            value,
+            [
+                d if isinstance(d, int) else _bind(d, i, bindings)
+                for i, d in enumerate(value.shape.dims if value.shape is not None else ())
+            ],
+        )
+
+
+def _bind(dim: ir.SymbolicDim, position: int, bindings: dict[str, int]) -> int:
+    if dim.value is None:
+        return 1 if position == 0 else 32
+    if dim.value not in bindings:
+        # torch's exporter calls every dimension s<number>; position tells then
+        batch = position == 0 or dim.value.lower().split("_")[0] in _BATCH_NAMES
+        bindings[dim.value] = 1 if batch else 32
+    return bindings[dim.value]
+
+
+def _random(value: ir.Value, shape: list[int], generator: np.random.Generator) -> np.ndarray:
+    dtype = value.dtype or ir.DataType.FLOAT
+    if dtype == ir.DataType.STRING:
+        return np.full(shape, "a", dtype=object)
+    if dtype == ir.DataType.BOOL:
+        return generator.integers(0, 2, shape).astype(bool)
+    if dtype.is_integer():
+        high = min(_index_limit(value), 127)
+        return generator.integers(0, high, shape).astype(dtype.numpy())
+    return generator.standard_normal(shape).astype(dtype.numpy())
+
+
+def _index_limit(value: ir.Value) -> int:
+    """How large an integer input may be: the least of the tables it is an index into."""
+    limits = []
+    for user, index in value.uses():
+        if is_onnx_op(user, "Gather") and index == 1:
+            shape = static_shape(user.inputs[0])
+            axis = user.attributes["axis"].as_int() if "axis" in user.attributes else 0
+            if shape:
+                limits.append(shape[axis])
+        elif is_onnx_op(user, "Cast", "Identity") and user.outputs:
+            limits.append(_index_limit(user.outputs[0]))
+    return max(1, min(limits, default=2))
+
+
+@dataclasses.dataclass(frozen=True)
+class NumericError:
+    """How far results are from a reference.
+
+    `relative` is the largest absolute difference divided by the reference output's range (its
+    largest magnitude where the range is 0), over the worst output; `output` names it.
+    `sqnr_db` is 10 log10 of signal power over error power over all outputs, infinite when equal.
+    """
+
+    relative: float
+    sqnr_db: float
+    output: str = ""
+
+    def __str__(self) -> str:
+        if self.relative == 0:
+            return "0"
+        return f"{self.relative:.1e} ({self.sqnr_db:.0f} dB)"
+
+
+def numeric_error(
+    reference: Mapping[str, np.ndarray], result: Mapping[str, np.ndarray]
+) -> NumericError:
+    """Compare two results by output name. NaN or infinity in other places than the reference's,
+    another shape, or other text, is an infinite error."""
+    worst, where, signal, noise = 0.0, "", 0.0, 0.0
+    for name, expected in reference.items():
+        actual = result[name]
+        error, s, n = _array_error(np.asarray(expected), np.asarray(actual))
+        signal, noise = signal + s, noise + n
+        if error > worst:
+            worst, where = error, name
+    ratio = float("inf") if noise == 0 else -float("inf") if signal == 0 else signal / noise
+    sqnr = float(10 * np.log10(ratio)) if 0 < ratio < float("inf") else ratio
+    return NumericError(worst, sqnr, where)
+
+
+def _array_error(expected: np.ndarray, actual: np.ndarray) -> tuple[float, float, float]:
+    if expected.dtype.kind in "OSU" or expected.shape != actual.shape:
+        equal = expected.shape == actual.shape and bool(np.all(expected == actual))
+        return (0.0 if equal else float("inf")), 0.0, (0.0 if equal else float("inf"))
+    if expected.size == 0:
+        return 0.0, 0.0, 0.0
+    a, b = expected.astype(np.float64), actual.astype(np.float64)
+    if not np.array_equal(np.isfinite(a), np.isfinite(b)) or not np.array_equal(
+        a[~np.isfinite(a)], b[~np.isfinite(a)], equal_nan=True
+    ):
+        return float("inf"), 0.0, float("inf")
+    finite = np.isfinite(a)
+    a, b = a[finite], b[finite]
+    if a.size == 0:
+        return 0.0, 0.0, 0.0
+    difference = np.abs(a - b)
+    span = float(a.max() - a.min()) or float(np.abs(a).max()) or 1.0
+    return float(difference.max()) / span, float(np.sum(a * a)), float(np.sum(difference**2))
+
+
+class Probe:
+    """Runs models on one fixed feed, without the runtime's own optimizations."""
+
+    def __init__(self, feed: Feed) -> None:
+        self.feed = feed
+
+    def run(self, model: ir.Model) -> dict[str, np.ndarray]:
+        """All outputs of the model by name.
+
+        Raises:
+            LoweringError: the runtime refuses the model or fails on the feed.
+        """
+        from ..targets.onnxruntime import OrtRunner
+
+        return OrtRunner(model, optimize=False, threads=1).run(self.feed)

@@ -1,0 +1,40 @@
+"""x86-64 desktops and servers, AVX2 at least."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from .target import Hardware, QuantScheme, Runtime, Target, Verified
+
+_U8S8 = QuantScheme(activation=ir.DataType.UINT8, weight=ir.DataType.INT8)
+
+X86_64 = Target(
+    name="x86_64",
+    description="x86-64 with AVX2 or AVX-512 VNNI, ONNX Runtime on the CPU",
+    hardware=Hardware(
+        arch="x86_64",
+        cores=4,
+        frequency_ghz=3.0,
+        vector_bits=256,
+        features=("avx2", "fma"),
+        l1_kb=32,
+        l2_kb=1024,
+        l3_kb=16384,
+        memory_gb_per_s=20.0,
+        # two 256-bit FMA ports: 2 * 8 lanes of float32; VPMADDUBSW chains give about 2x in int8
+        macs_per_cycle={"float32": 16.0, "float16": 16.0, "bfloat16": 16.0, "int8": 32.0},
+    ),
+    verified=Verified.NATIVE,
+    opset=28,
+    quantization=(_U8S8,),
+    fused_activations=("Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid"),
+)
+
+X86_64_TVM = X86_64.replace(
+    name="x86_64/tvm",
+    description="x86-64 through TVM: one shared library with the weights inside",
+    runtime=Runtime.TVM,
+    tvm={"kind": "llvm", "cpu": "x86_64"},
+)
+
+TARGETS = (X86_64, X86_64_TVM)
