@@ -16,7 +16,14 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ..errors import EdgepassError, LoweringError, ModelFileError, UnsupportedOpError, UsageError
+from ..errors import (
+    EdgepassError,
+    LoweringError,
+    ModelFileError,
+    UnsafePathError,
+    UnsupportedOpError,
+    UsageError,
+)
 from ..ir.graph import all_nodes, describe_node
 from .feed import TensorSpec, check_feed, dtype_name, input_specs, output_specs
 from .onnx_file import INLINE_LIMIT, leaves_message, serialize, weight_bytes, write_onnx
@@ -241,6 +248,12 @@ def translate(error: Exception, model: ir.Model | None, what: str) -> EdgepassEr
         )
     if status in ("INVALID_PROTOBUF", "NO_MODEL", "NO_SUCHFILE"):
         return ModelFileError("The file is not a readable ONNX model", where=where, why=why)
+    if "escapes model directory" in text:
+        return UnsafePathError(
+            "The model's external data lies outside its folder",
+            why=why,
+            fix="put the data file beside the model; do not trust a model that reads elsewhere",
+        )
     return LoweringError(what, where=where, why=why)
 
 
@@ -340,6 +353,7 @@ def emit(
     folder: Path,
     formats: Sequence[str] = ("onnx",),
     *,
+    session_options: Mapping[str, str] | None = None,
     external_data: bool | None = None,
     inline_limit: int = INLINE_LIMIT,
 ) -> list[Path]:
@@ -349,7 +363,8 @@ def emit(
     bytes or `external_data` asks for it. `ort`: `model.ort`, for runtimes without the ONNX parser.
     It holds ONNX Runtime's extended optimizations but none that bake in a memory layout, so a file
     made on x86-64 runs on arm64; float16 nodes that the host has no kernel for are stored with
-    casts around them. It depends on the version of ONNX Runtime.
+    casts around them. It depends on the version of ONNX Runtime. `session_options` are the target's
+    where not given.
 
     Raises:
         UsageError: an unknown format.
@@ -362,12 +377,13 @@ def emit(
             f"No such format {unknown[0]!r}" if unknown else "No format given",
             fix=f"ONNX Runtime takes: {', '.join(FORMATS)}",
         )
+    entries = target.session_options if session_options is None else session_options
     big = weight_bytes(model) > inline_limit
     files: list[Path] = []
     if "onnx" in formats:
         options = {"external_data": external_data, "inline_limit": inline_limit}
         files += write_onnx(model, folder / "model.onnx", **options)  # type: ignore[arg-type]
-        OrtRunner(files[0], session_options=target.session_options).close()
+        OrtRunner(files[0], session_options=entries).close()
     if "ort" in formats:
         if big:
             raise LoweringError(
@@ -375,17 +391,17 @@ def emit(
                 why=f"{weight_bytes(model):,} bytes of weights; it is one flatbuffer under 2 GB",
                 fix="use the onnx format, or compress the model",
             )
-        files.append(_emit_ort(model, target, folder / "model.ort"))
+        files.append(_emit_ort(model, entries, folder / "model.ort"))
     return files
 
 
-def _emit_ort(model: ir.Model, target: Target, path: Path) -> Path:
+def _emit_ort(model: ir.Model, entries: Mapping[str, str], path: Path) -> Path:
     import onnxruntime as ort
 
-    options = _session_options(target.session_options, threads=1)
+    options = _session_options(entries, threads=1)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.optimized_model_filepath = str(path)
     options.add_session_config_entry("session.save_model_format", "ORT")
     create_session(serialize(model), options, model, disabled_optimizers=_PORTABLE)
-    OrtRunner(path, session_options=target.session_options).close()
+    OrtRunner(path, session_options=entries).close()
     return path
