@@ -1,0 +1,436 @@
+"""Which nodes of a graph static int8 runs in integers, and which values get Q/DQ pairs.
+
+Here: `plan_int8`, a pure function of graph, scheme and options that reads no weight. A node with
+weights (Conv, Gemm, MatMul) starts an island; nodes between islands (Add, Concat, pooling, moves)
+join where that saves a round trip through float. Not here: scales (`calibrate`, `numbers`),
+changing the graph (`qdq`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+import onnx_ir as ir
+
+from ...ir.graph import (
+    attribute,
+    constant_scalar,
+    constant_tensor,
+    describe_node,
+    graphs,
+    is_onnx_op,
+    opset_of,
+    static_shape,
+)
+from ...ir.ops import Category, facts, weight_channel_axis
+from ...ir.quant import (
+    INTEGER_OPS,
+    PerChannel,
+    PerTensor,
+    QuantPlan,
+    QuantSpec,
+    data_inputs,
+    is_dequantize,
+    is_qdq,
+)
+from ...targets.target import QuantScheme
+
+DEFAULT_OPS: tuple[str, ...] = tuple(op for op in INTEGER_OPS if op not in ("Sigmoid", "Softmax"))
+"""What may run in integers unless the options say otherwise. Sigmoid and Softmax stay float: their
+steep parts lose most to 8 bits, and they cost little."""
+
+_BIAS = QuantSpec(ir.DataType.INT32, True, PerTensor(), zero_points=False)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """What a caller may choose. `exclude` holds node names and operator types.
+
+    `attention`: MatMuls of two activations too.
+    """
+
+    ops: tuple[str, ...] = DEFAULT_OPS
+    exclude: tuple[str, ...] = ()
+    attention: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Activation:
+    """A value that gets a Q/DQ pair.
+
+    `source` is the value whose range sets the scale: the value itself, or the one it was moved
+    from. `everywhere`: every user reads the pair (an integer node made the value), else only the
+    integer nodes do. `absorbed`: the Relu or Clip making the value, which saturation replaces.
+    """
+
+    value: ir.Value
+    source: ir.Value
+    everywhere: bool
+    absorbed: ir.Node | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Weighted:
+    """A node with constant weights: the input its activation is on, the weight's spec, its bias."""
+
+    node: ir.Node
+    spec: QuantSpec
+    has_bias: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Int8Layout:
+    """The plan bound to the nodes and values of one graph, for the writer."""
+
+    plan: QuantPlan
+    scheme: QuantScheme
+    nodes: tuple[ir.Node, ...]
+    activations: tuple[Activation, ...]
+    weighted: tuple[Weighted, ...]
+    constants: tuple[tuple[ir.Node, int], ...]
+
+    @property
+    def sources(self) -> tuple[ir.Value, ...]:
+        """The values to observe, each once, in graph order."""
+        return tuple(dict.fromkeys(a.source for a in self.activations))
+
+
+def plan_int8(
+    model: ir.Model, scheme: QuantScheme, options: PlanOptions | None = None
+) -> QuantPlan:
+    """What static int8 makes of each value. Weights may be absent; values must have dtypes."""
+    return lay_out(model, scheme, options or PlanOptions()).plan
+
+
+def lay_out(model: ir.Model, scheme: QuantScheme, options: PlanOptions) -> Int8Layout:
+    """The plan with the nodes and values it is about."""
+    return _Planner(model, scheme, options).layout()
+
+
+class _Planner:
+    def __init__(self, model: ir.Model, scheme: QuantScheme, options: PlanOptions) -> None:
+        self.model = model
+        self.scheme = scheme
+        self.options = options
+        self.opset = opset_of(model)
+        self.refused: dict[ir.Node, str] = {}
+        self.order = list(model.graph)
+        self.seeds = {node for node in self.order if self._is_seed(node)}
+        # Values that a seed reads are quantized anyway: a follower gets them for nothing.
+        self.read_by_seeds = {v for node in self.seeds for _, v in self._activations(node)}
+        self.members = self.seeds | {n for n in self.order if self._may_follow(n)}
+        self._drop_what_does_not_pay()
+
+    # --- which nodes ---------------------------------------------------------------------------
+
+    def _allowed(self, node: ir.Node) -> bool:
+        return (
+            is_onnx_op(node, *INTEGER_OPS)
+            and node.op_type in self.options.ops
+            and node.op_type not in self.options.exclude
+            and (node.name or "") not in self.options.exclude
+        )
+
+    def _is_seed(self, node: ir.Node) -> bool:
+        if not is_onnx_op(node, *INTEGER_OPS) or not INTEGER_OPS[node.op_type].weighted:
+            return False
+        if not self._allowed(node):
+            if node.op_type in self.options.ops:
+                self.refused[node] = "excluded by option"
+            return False
+        reason = _why_not(node, self.options.attention)
+        if reason:
+            self.refused[node] = reason
+        return not reason
+
+    def _may_follow(self, node: ir.Node) -> bool:
+        if not self._allowed(node) or INTEGER_OPS[node.op_type].weighted:
+            return False
+        if not all(_is_float(v) for v in node.outputs):
+            return False
+        values = [node.inputs[i] for i in data_inputs(node)]
+        if not all(_is_float(v) for v in values) or not any(
+            constant_tensor(v) is None for v in values
+        ):
+            return False
+        match node.op_type:
+            case "MaxPool":  # 8-bit MaxPool came with opset 12; indices need the floats' order
+                return self.opset >= 12 and len(node.outputs) == 1
+            case "Resize":
+                return _is_convex_resize(node)
+            case "Add" | "Mul":
+                # A one-element constant is part of an activation function (x + 3, x / 6).
+                return not any(constant_tensor(v) is not None and _count(v) == 1 for v in values)
+        return True
+
+    def _activations(self, node: ir.Node) -> Iterator[tuple[int, ir.Value]]:
+        """The data inputs that are not constant, with their indices."""
+        for index in data_inputs(node):
+            value = node.inputs[index]
+            if value is not None and constant_tensor(value) is None:
+                yield index, value
+
+    def _absorbed(self, node: ir.Node) -> ir.Node | None:
+        """The Relu or Clip after a node that saturating to the 8-bit range replaces."""
+        if self.scheme.symmetric_activation or len(node.outputs) != 1:
+            return None
+        value = node.outputs[0]
+        if value.is_graph_output() or len(value.uses()) != 1:
+            return None
+        user = next(iter(value.uses())).node
+        return user if user.graph is node.graph and _saturates(user) else None
+
+    def _result(self, node: ir.Node, index: int = 0) -> ir.Value:
+        activation = self._absorbed(node)
+        return node.outputs[index] if activation is None else activation.outputs[0]
+
+    def _maker(self, value: ir.Value) -> ir.Node | None:
+        """The node that makes a value, seen through an absorbed activation."""
+        node = value.producer()
+        if node is not None and _saturates(node) and node.inputs[0] is not None:
+            before = node.inputs[0].producer()
+            if before is not None and before in self.members and self._absorbed(before) is node:
+                return before
+        return node
+
+    def _is_made_in_integers(self, value: ir.Value) -> bool:
+        node = self._maker(value)
+        return node in self.members and not INTEGER_OPS[node.op_type].float_output
+
+    def _readers(self, node: ir.Node) -> Iterator[ir.Node]:
+        """Members that read a result of a member as data."""
+        for i in range(len(node.outputs)):
+            for user, index in self._result(node, i).uses():
+                if user in self.members and index in data_inputs(user):
+                    yield user
+
+    def _drop_what_does_not_pay(self) -> None:
+        """The largest set in which every follower has integers before and behind it."""
+        todo = [node for node in self.order if node in self.members and node not in self.seeds]
+        while todo:
+            node = todo.pop()
+            if node not in self.members or node in self.seeds or self._pays(node):
+                continue
+            around = [m for _, v in self._activations(node) if (m := self._maker(v)) is not None]
+            around += list(self._readers(node))
+            self.members.discard(node)
+            todo += [n for n in around if n in self.members]
+
+    def _pays(self, node: ir.Node) -> bool:
+        if not any(True for _ in self._readers(node)):
+            return False
+        values = [v for _, v in self._activations(node)]
+        made = [self._is_made_in_integers(v) for v in values]
+        if not any(made):
+            return False
+        result = _count(node.outputs[0])
+        return all(
+            ok or v in self.read_by_seeds or _is_gate(v, result)
+            for ok, v in zip(made, values, strict=True)
+        )
+
+    # --- which values --------------------------------------------------------------------------
+
+    def layout(self) -> Int8Layout:
+        nodes = tuple(node for node in self.order if node in self.members)
+        read = {v for node in nodes for _, v in self._activations(node)}
+        activations = self._pairs(read)
+        weighted = tuple(self._weighted(node) for node in nodes if self._has_weights(node))
+        constants = tuple(
+            (node, i)
+            for node in nodes
+            if not self._has_weights(node)
+            for i in data_inputs(node)
+            if constant_tensor(node.inputs[i]) is not None
+        )
+        plan = self._plan(nodes, activations, weighted, constants)
+        return Int8Layout(plan, self.scheme, nodes, activations, weighted, constants)
+
+    def _pairs(self, read: set[ir.Value]) -> tuple[Activation, ...]:
+        pairs: dict[ir.Value, Activation] = {}
+        for value in self.model.graph.inputs:
+            if value in read:
+                pairs[value] = Activation(value, value, everywhere=False)
+        for node in self.order:
+            if node not in self.members:
+                for value in node.outputs:
+                    if value in read and value not in pairs:
+                        pairs[value] = Activation(value, value, everywhere=False)
+                continue
+            row = INTEGER_OPS[node.op_type]
+            results = [self._result(node, i) for i in range(len(node.outputs))]
+            if row.float_output and results[0] not in read:
+                continue
+            for value in results:
+                source = pairs[node.inputs[0]].source if row.same_scale else value  # type: ignore[index]
+                pairs[value] = Activation(value, source, True, self._absorbed(node))
+        return tuple(pairs.values())
+
+    @staticmethod
+    def _has_weights(node: ir.Node) -> bool:
+        return INTEGER_OPS[node.op_type].weighted and constant_tensor(node.inputs[1]) is not None
+
+    def _weighted(self, node: ir.Node) -> Weighted:
+        weight = node.inputs[1]
+        rank = len(weight.shape) if weight is not None and weight.shape is not None else 0
+        axis = weight_channel_axis(node, 1)
+        per_channel = self.scheme.per_channel and axis is not None
+        if node.op_type == "MatMul" and rank != 2:
+            per_channel = False  # a stack of matrices has no one axis of output channels
+        spec = QuantSpec(
+            self.scheme.weight,
+            True,
+            PerChannel(axis % rank) if per_channel and axis is not None else PerTensor(),
+        )
+        return Weighted(node, spec, len(node.inputs) > 2 and node.inputs[2] is not None)
+
+    def _plan(
+        self,
+        nodes: tuple[ir.Node, ...],
+        activations: tuple[Activation, ...],
+        weighted: tuple[Weighted, ...],
+        constants: tuple[tuple[ir.Node, int], ...],
+    ) -> QuantPlan:
+        symmetric = self.scheme.symmetric_activation
+        activation = QuantSpec(self.scheme.activation, symmetric)
+        entries = {a.value.name or "": activation for a in activations}
+        stored: Counter[str] = Counter()
+        covered: Counter[str] = Counter()
+        seen: set[tuple[str, QuantSpec]] = set()
+        for item in weighted:
+            weight = item.node.inputs[1].name or ""  # type: ignore[union-attr]
+            entries.setdefault(weight, item.spec)
+            covered[weight] += 1
+            stored[weight] += (weight, item.spec) not in seen
+            seen.add((weight, item.spec))
+            if item.has_bias:
+                bias = item.node.inputs[2].name or ""  # type: ignore[union-attr]
+                channels = not isinstance(item.spec.granularity, PerTensor)
+                granularity = PerChannel(0) if channels else PerTensor()
+                entries[bias] = dataclasses.replace(_BIAS, granularity=granularity)
+                covered[bias] += 1
+                stored[bias] += 1
+        for node, index in constants:
+            name = node.inputs[index].name or ""  # type: ignore[union-attr]
+            entries.setdefault(name, dataclasses.replace(activation, symmetric=False))
+            covered[name] += 1
+            stored[name] = 1
+        values = self._by_name(weighted, constants)
+        return QuantPlan(
+            label=f"int8 {self.scheme}",
+            entries=entries,
+            nodes=tuple(node.name or node.outputs[0].name or "" for node in nodes),
+            copies={name: count for name, count in stored.items() if count > 1},
+            kept=frozenset(
+                name
+                for name, value in values.items()
+                if len(value.uses()) > covered[name] or value.is_graph_output()
+            ),
+            notes=tuple(self._notes()),
+        )
+
+    @staticmethod
+    def _by_name(
+        weighted: Iterable[Weighted], constants: Iterable[tuple[ir.Node, int]]
+    ) -> dict[str, ir.Value]:
+        values = [v for item in weighted for v in item.node.inputs[1:3] if v is not None]
+        values += [v for node, i in constants if (v := node.inputs[i]) is not None]
+        return {value.name or "": value for value in values}
+
+    def _notes(self) -> Iterator[tuple[str, str]]:
+        for node in self.order:
+            if node in self.refused:
+                yield describe_node(node), self.refused[node]
+            elif facts(node).category is Category.RECURRENT:
+                yield describe_node(node), "recurrent: its state would drift in 8 bits; kept float"
+            elif is_onnx_op(node, "ConvTranspose"):
+                yield describe_node(node), "the runtime has no integer kernel for it; kept float"
+        for graph in graphs(self.model):
+            if graph is self.model.graph:
+                continue
+            for node in graph:
+                if is_onnx_op(node, "Conv", "Gemm", "MatMul") and not is_qdq(node):
+                    yield describe_node(node), "inside a subgraph or function; kept float"
+
+
+# --- questions about one node ------------------------------------------------------------------
+
+
+def _why_not(node: ir.Node, attention: bool) -> str:
+    """Why a node of a weighted operator can't run in integers; '' when it can."""
+    if not all(_is_float(v) for v in (*node.inputs, *node.outputs) if v is not None):
+        return "its tensors are not float32"
+    value, weight = node.inputs[0], node.inputs[1]
+    if any(is_dequantize(v.producer()) for v in (value, weight) if v is not None):
+        return "already quantized"
+    if constant_tensor(value) is not None:
+        return "its first input is constant"
+    if constant_tensor(weight) is None:
+        if node.op_type != "MatMul":
+            return "its weight is not constant"
+        return "" if attention else "both inputs are activations"
+    if len(node.inputs) > 2 and node.inputs[2] is not None:
+        bias = node.inputs[2]
+        if constant_tensor(bias) is None:
+            return "its bias is not constant"
+        if node.op_type == "Gemm" and not _is_row(static_shape(bias), static_shape(weight), node):
+            return "its bias is not one row"
+    if node.op_type == "Gemm" and (
+        attribute(node, "transA", 0)
+        or attribute(node, "alpha", 1.0) != 1.0
+        or attribute(node, "beta", 1.0) != 1.0
+    ):
+        return "Gemm with transA, alpha or beta has no integer kernel"
+    return ""
+
+
+def _is_row(bias: tuple[int, ...] | None, weight: tuple[int, ...] | None, node: ir.Node) -> bool:
+    if bias is None or weight is None:
+        return False
+    channels = weight[0 if attribute(node, "transB", 0) else 1]
+    return bias in ((channels,), (1, channels))
+
+
+def _saturates(node: ir.Node) -> bool:
+    """Whether a node is a Relu, or a Clip between constants that enclose zero."""
+    if is_onnx_op(node, "Relu"):
+        return True
+    if not is_onnx_op(node, "Clip"):
+        return False
+    bounds: list[float] = []
+    for index, name, default in ((1, "min", -math.inf), (2, "max", math.inf)):
+        value = node.inputs[index] if index < len(node.inputs) else None
+        found = attribute(node, name, default) if value is None else constant_scalar(value)
+        if found is None:
+            return False
+        bounds.append(float(found))
+    return bounds[0] <= 0.0 <= bounds[1]
+
+
+def _is_convex_resize(node: ir.Node) -> bool:
+    """Whether a Resize gives nothing outside its input's range, and in 8 bits."""
+    mode = attribute(node, "mode", "nearest")
+    outside = attribute(node, "coordinate_transformation_mode", "half_pixel")
+    antialias = attribute(node, "antialias", 0)
+    return mode in ("nearest", "linear") and outside != "tf_crop_and_resize" and not antialias
+
+
+def _is_gate(value: ir.Value, result: int | None) -> bool:
+    """Whether a float operand is so small beside the result that a Q for it costs nothing."""
+    size = _count(value)
+    if size is not None and result is not None:
+        return size * 8 <= result
+    shape = value.shape
+    return shape is not None and len(shape) > 2 and all(d == 1 for d in shape.dims[2:])
+
+
+def _is_float(value: ir.Value | None) -> bool:
+    return value is not None and value.dtype == ir.DataType.FLOAT
+
+
+def _count(value: ir.Value | None) -> int | None:
+    shape = static_shape(value)
+    return None if shape is None else math.prod(shape)

@@ -1,0 +1,331 @@
+"""Writing a static int8 layout into the graph as Q/DQ pairs.
+
+Here: `write_qdq`, and the small writers it is made of, which the weight-only pass shares. With
+ranges it writes numbers; without, on an architecture with no weights, tensors that have dtype and
+shape only, so that the size of the result is exact. Not here: what gets a pair (`plan`), the
+arithmetic (`numbers`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from ...ir.edit import Editor
+from ...ir.graph import AbsentTensor, constant_tensor, fresh_name, is_absent
+from ...ir.quant import PerBlock, PerChannel, PerTensor, QuantSpec, data_inputs
+from .numbers import (
+    Affine,
+    Range,
+    activation_affine,
+    quantize,
+    quantize_bias,
+    raise_for_bias,
+    weight_affine,
+)
+from .plan import Activation, Int8Layout, Weighted
+
+
+def write_qdq(
+    model: ir.Model, layout: Int8Layout, ranges: Mapping[str, Range] | None = None
+) -> None:
+    """Insert the pairs of a layout, in place.
+
+    before: x -> Conv(W, b) -> Relu -> y
+    after:  x -> Q -> DQ -> Conv(DQ(W8), DQ(b32)) -> Q -> DQ -> y
+
+    `ranges` is by the name of each of `layout.sources`; None writes absent tensors.
+    """
+    _Writer(model, layout, ranges).write()
+
+
+class _Writer:
+    def __init__(
+        self, model: ir.Model, layout: Int8Layout, ranges: Mapping[str, Range] | None
+    ) -> None:
+        self.graph = model.graph
+        self.layout = layout
+        self.editor = Editor()
+        self.activation_spec = QuantSpec(
+            layout.scheme.activation, layout.scheme.symmetric_activation
+        )
+        # Everything is looked up by value before the first edit: edits rename and remove values.
+        self.affines = {} if ranges is None else self._activation_affines(ranges)
+        self.absent = ranges is None
+        self.weight_affines = {} if self.absent else self._weight_affines()
+        self.readers = self._readers()
+        self.stored: dict[tuple[ir.Value, QuantSpec], tuple[ir.Value, ir.Value, ir.Value]] = {}
+
+    # --- numbers -------------------------------------------------------------------------------
+
+    def _activation_affines(self, ranges: Mapping[str, Range]) -> dict[ir.Value, Affine]:
+        scheme = self.layout.scheme
+        by_source = {
+            source: activation_affine(
+                ranges[source.name or ""], scheme.activation, scheme.symmetric_activation
+            )
+            for source in self.layout.sources
+        }
+        return {a.value: by_source[a.source] for a in self.layout.activations}
+
+    def _weight_affines(self) -> dict[tuple[ir.Value, QuantSpec], Affine]:
+        found: dict[tuple[ir.Value, QuantSpec], Affine] = {}
+        for item in self.layout.weighted:
+            data, weight = item.node.inputs[0], item.node.inputs[1]
+            assert data is not None
+            assert weight is not None
+            key = weight, item.spec
+            if key not in found:
+                array = _array(weight)
+                found[key] = weight_affine(
+                    array, item.spec, reduce_range=self.layout.scheme.reduce_range
+                )
+            if item.has_bias:
+                bias, scale = item.node.inputs[2], float(self.affines[data].scale)
+                assert bias is not None
+                found[key] = raise_for_bias(found[key], _array(bias), scale)
+        return found
+
+    def _readers(self) -> dict[ir.Value, list[tuple[ir.Node, int]]]:
+        """The integer nodes that read each value as data, in graph order."""
+        found: dict[ir.Value, list[tuple[ir.Node, int]]] = {}
+        for node in self.layout.nodes:
+            for index in data_inputs(node):
+                value = node.inputs[index]
+                if value is not None:
+                    found.setdefault(value, []).append((node, index))
+        return found
+
+    # --- writing -------------------------------------------------------------------------------
+
+    def write(self) -> None:
+        replaced: dict[ir.Value, None] = {}
+        for item in self.layout.weighted:
+            replaced.update(dict.fromkeys(v for v in item.node.inputs[1:3] if v is not None))
+            self._write_bias(item)
+            self._write_weight(item)
+        for node, index in self.layout.constants:
+            value = node.inputs[index]
+            assert value is not None
+            replaced[value] = None
+            self._write_constant(node, index, value)
+        for activation in self.layout.activations:
+            self._write_pair(activation)
+        for value in replaced:
+            drop_unused_constant(value)
+
+    def _write_weight(self, item: Weighted) -> None:
+        weight = item.node.inputs[1]
+        assert weight is not None
+        key = weight, item.spec
+        if key not in self.stored:
+            affine = self.weight_affines.get(key)
+            self.stored[key] = store(self.editor, item.node, weight, item.spec, affine)
+        dequantize(self.editor, item.node, 1, self.stored[key], item.spec)
+
+    def _write_bias(self, item: Weighted) -> None:
+        """int32 in units of input scale times weight scale, as integer kernels add it."""
+        if not item.has_bias:
+            return
+        node = item.node
+        data, weight, bias = node.inputs[:3]
+        assert data is not None
+        assert weight is not None
+        assert bias is not None
+        spec = QuantSpec(
+            ir.DataType.INT32,
+            granularity=PerTensor() if item.spec.granularity == PerTensor() else PerChannel(0),
+            zero_points=False,
+        )
+        tensor = constant_tensor(bias)
+        assert tensor is not None
+        size = tensor.size
+        if self.absent:
+            values: ir.TensorProtocol | np.ndarray = absent(spec.dtype, (size,))
+            scales: ir.TensorProtocol | np.ndarray = absent(
+                ir.DataType.FLOAT, spec.parameter_shape((size,))
+            )
+        else:
+            scale = (
+                self.affines[data].scale.astype(np.float64)
+                * self.weight_affines[weight, item.spec].scale
+            ).astype(np.float32)
+            values, scales = quantize_bias(_array(bias), scale), scale
+        base = bias.name or "bias"
+        stored = (
+            self.editor.initializer(node, f"{base}/int32", values),
+            self.editor.initializer(node, f"{base}/scale", scales),
+            None,
+        )
+        dequantize(self.editor, node, 2, stored, spec)
+
+    def _write_constant(self, node: ir.Node, index: int, value: ir.Value) -> None:
+        spec = QuantSpec(self.activation_spec.dtype, symmetric=False)
+        key = value, spec
+        if key not in self.stored:
+            affine = None
+            if not self.absent:
+                array = _array(value)
+                seen = Range(float(array.min(initial=0.0)), float(array.max(initial=0.0)))
+                affine = activation_affine(seen, spec.dtype, spec.symmetric)
+            self.stored[key] = store(self.editor, node, value, spec, affine)
+        dequantize(self.editor, node, index, self.stored[key], spec)
+
+    def _write_pair(self, item: Activation) -> None:
+        """Q and DQ behind the value's maker, or before its first integer reader."""
+        value, affine = item.value, self.affines.get(item.value)
+        readers = self.readers.get(value, [])
+        if item.absorbed is not None:
+            before = item.absorbed.inputs[0]
+            assert before is not None
+            name = value.name
+            self.editor.replace_node(item.absorbed, before)
+            before.name = name
+            value = before
+        maker = value.producer()
+        users = list(value.uses()) if item.everywhere else readers
+        anchor = maker if item.everywhere and maker is not None else readers[0][0]
+        base = value.name or "value"
+        dtype = self.activation_spec.dtype
+        scale = self.editor.initializer(
+            anchor,
+            f"{base}/scale",
+            absent(ir.DataType.FLOAT, ()) if affine is None else affine.scale,
+        )
+        zero_point = self.editor.initializer(
+            anchor, f"{base}/zero_point", absent(dtype, ()) if affine is None else affine.zero_point
+        )
+        quantized = _node("QuantizeLinear", [value, scale, zero_point], f"{base}/quantize")
+        result = _node(
+            "DequantizeLinear", [quantized.outputs[0], scale, zero_point], f"{base}/dequantize"
+        )
+        _annotate(quantized, f"{base}/quantized", dtype, value)
+        _annotate(result, f"{base}/dequantized", ir.DataType.FLOAT, value)
+        if anchor is maker:
+            self.editor.insert_after(anchor, quantized)
+            self.editor.insert_after(quantized, result)
+        else:
+            self.editor.insert_before(anchor, quantized)
+            self.editor.insert_before(anchor, result)
+        for node in (quantized, result):
+            node.outputs[0].name = fresh_name(self.graph, node.outputs[0].name or "")
+        for user, index in users:
+            user.replace_input_with(index, result.outputs[0])
+        if item.everywhere and value.is_graph_output():
+            self._take_over_output(value, result.outputs[0])
+
+    def _take_over_output(self, value: ir.Value, carrier: ir.Value) -> None:
+        for slot, output in enumerate(self.graph.outputs):
+            if output is value:
+                self.graph.outputs[slot] = carrier
+        name = value.name
+        value.name, carrier.name = carrier.name, None
+        carrier.name = name
+
+
+# --- pieces -----------------------------------------------------------------------------------
+
+
+def store(
+    editor: Editor, anchor: ir.Node, value: ir.Value, spec: QuantSpec, affine: Affine | None
+) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Initializers for a constant's integers, scales and zero points; absent without `affine`."""
+    tensor = constant_tensor(value)
+    assert tensor is not None
+    shape = tuple(int(d) for d in tensor.shape.numpy())
+    base = value.name or "weight"
+    integers: ir.TensorProtocol | np.ndarray
+    if affine is None:
+        parameters = spec.parameter_shape(shape)
+        integers = absent(spec.dtype, shape)
+        scale: ir.TensorProtocol | np.ndarray = absent(ir.DataType.FLOAT, parameters)
+        zero_point: ir.TensorProtocol | np.ndarray = absent(spec.dtype, parameters)
+    else:
+        integers = pack(quantize(tensor.numpy(), affine, spec), spec.dtype)
+        scale = affine.scale
+        zero_point = pack(affine.zero_point, spec.dtype)
+    suffix = spec.dtype.name.lower()
+    return (
+        editor.initializer(anchor, f"{base}/{suffix}", integers),
+        editor.initializer(anchor, f"{base}/scale", scale),
+        editor.initializer(anchor, f"{base}/zero_point", zero_point),
+    )
+
+
+def dequantize(
+    editor: Editor,
+    node: ir.Node,
+    index: int,
+    stored: tuple[ir.Value, ir.Value, ir.Value | None],
+    spec: QuantSpec,
+) -> None:
+    """Put a DequantizeLinear of stored integers in front of a node's input."""
+    integers, scale, zero_point = stored
+    inputs = [integers, scale] if zero_point is None else [integers, scale, zero_point]
+    attributes: dict[str, int] = {}
+    match spec.granularity:
+        case PerChannel(axis):
+            attributes["axis"] = axis
+        case PerBlock(size, axis):
+            attributes.update(axis=axis, block_size=size)
+    base = (integers.name or "weight").rpartition("/")[0]
+    result = _node("DequantizeLinear", inputs, f"{base}/dequantize", **attributes)
+    _annotate(result, None, ir.DataType.FLOAT, integers)
+    editor.insert_before(node, result)
+    graph = node.graph
+    assert isinstance(graph, ir.Graph)
+    result.outputs[0].name = fresh_name(graph, f"{base}/dequantized")
+    node.replace_input_with(index, result.outputs[0])
+
+
+def drop_unused_constant(value: ir.Value) -> None:
+    """Remove an initializer or `Constant` node that nothing reads any more."""
+    if value.uses() or value.is_graph_output():
+        return
+    if value.is_initializer() and value.graph is not None:
+        value.graph.initializers.pop(value.name or "", None)
+        return
+    node = value.producer()
+    if node is not None and node.graph is not None:
+        node.graph.remove(node, safe=True)
+
+
+def absent(dtype: ir.DataType, shape: tuple[int, ...]) -> AbsentTensor:
+    """A tensor to be: dtype and shape."""
+    return AbsentTensor("", dtype, shape, "the numbers come with weights and calibration")
+
+
+def pack(array: np.ndarray, dtype: ir.DataType) -> ir.TensorProtocol | np.ndarray:
+    """The array as a tensor of a dtype that numpy may lack (4-bit, two to a byte)."""
+    if dtype.bitwidth >= 8:
+        return array
+    return ir.Tensor(array.astype(dtype.numpy()), dtype=dtype)
+
+
+def _array(value: ir.Value) -> np.ndarray:
+    tensor = constant_tensor(value)
+    assert tensor is not None
+    assert not is_absent(tensor)
+    array: np.ndarray = tensor.numpy()
+    return array
+
+
+def _node(op_type: str, inputs: list[ir.Value], name: str, **attributes: int) -> ir.Node:
+    return ir.Node(
+        "",
+        op_type,
+        inputs,
+        ir.convenience.convert_attributes(attributes),
+        num_outputs=1,
+        name=name,
+    )
+
+
+def _annotate(node: ir.Node, name: str | None, dtype: ir.DataType, like: ir.Value) -> None:
+    output = node.outputs[0]
+    output.type = ir.TensorType(dtype)
+    output.shape = None if like.shape is None else ir.Shape(list(like.shape.dims))
+    if name is not None:
+        output.name = name
