@@ -1,0 +1,69 @@
+"""Errors of torch's exporter, said as edgepass says errors: the cause and the user's own line.
+
+Here: finding in an exception chain the deepest frame that is the user's. Not here: exporting.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sysconfig
+import traceback
+from collections.abc import Iterator
+
+from ..errors import ArchitectureError
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
+_OWN_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def export_failed(error: Exception, what: str, fix: str) -> ArchitectureError:
+    """The error to raise for `error`, which stays its cause."""
+    return ArchitectureError(what, where=_user_line(error), why=_reason(error), fix=fix)
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        current = current.__cause__ or current.__context__
+
+
+def _user_line(error: Exception) -> str:
+    """`file.py:12 in forward: code`, or '' where no frame is the user's."""
+    for link in reversed(list(_chain(error))):
+        frames = traceback.extract_tb(link.__traceback__)
+        for frame in reversed(frames):
+            if _is_users(frame.filename):
+                code = f": {frame.line}" if frame.line else ""
+                return f"{frame.filename}:{frame.lineno} in {frame.name}{code}"
+    for link in _chain(error):
+        for path, line, function in reversed(_FRAME.findall(str(link))):
+            if _is_users(path):
+                return f"{path}:{line} in {function}"
+    return ""
+
+
+def _is_users(path: str) -> bool:
+    """Whether a source file is neither torch's, nor Python's, nor ours."""
+    if path.startswith("<"):
+        return False
+    parts = os.path.abspath(path).split(os.sep)
+    if "torch" in parts or "onnxscript" in parts or "onnx_ir" in parts:
+        return False
+    standard = sysconfig.get_path("stdlib")
+    in_standard = path.startswith(standard) and "site-packages" not in parts
+    return not in_standard and not os.path.abspath(path).startswith(_OWN_FOLDER + os.sep)
+
+
+def _reason(error: Exception) -> str:
+    """The first telling line of the innermost error."""
+    root = list(_chain(error))
+    for link in reversed(root):
+        text = re.sub(r"\x1b\[[0-9;]*m", "", str(link))
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        if lines:
+            return f"{type(link).__name__}: {lines[0][:300]}"
+    return type(error).__name__
