@@ -1,1 +1,94 @@
-"""edgepass: a model-conversion compiler pass framework for on-device machine learning."""
+"""edgepass: a model-conversion compiler pass framework for on-device machine learning.
+
+    import edgepass
+    compiled = edgepass.compile("model.onnx", target="arm64", recipe="int8", calibration=samples)
+    print(compiled.ledger)
+    compiled.save("out/")
+    edgepass.load("out/").run({"input": x})
+    edgepass.estimate(architecture, target="arm64", recipes=["fp32", "fp16", "int8"])
+
+Every name below is imported when first used, so that `import edgepass` stays fast.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .api import bisect as bisect
+    from .api import compile as compile
+    from .api import estimate as estimate
+    from .artifact import Artifact as Artifact
+    from .artifact import load as load
+    from .compiled import Compiled as Compiled
+    from .errors import EdgepassError as EdgepassError
+    from .ir.match import any_of as any_of
+    from .ir.match import const as const
+    from .ir.match import op as op
+    from .ir.match import var as var
+    from .passes.base import Context as Context
+    from .passes.base import Pass as Pass
+    from .passes.base import PassResult as PassResult
+    from .passes.base import Stage as Stage
+    from .passes.registry import load_plugin as load_plugin
+    from .passes.registry import passes as list_passes
+    from .passes.registry import register_pass as register_pass
+    from .passes.rules import RewriteRule as RewriteRule
+    from .passes.rules import RuleGroup as RuleGroup
+    from .passes.rules import explain as explain
+    from .targets.registry import get_target as get_target
+    from .targets.registry import register_target as register_target
+    from .targets.registry import targets as list_targets
+    from .targets.target import Hardware as Hardware
+    from .targets.target import OpSupport as OpSupport
+    from .targets.target import QuantScheme as QuantScheme
+    from .targets.target import Target as Target
+
+_HOMES = {
+    "bisect": ("api", "bisect"),
+    "compile": ("api", "compile"),
+    "estimate": ("api", "estimate"),
+    "Artifact": ("artifact", "Artifact"),
+    "load": ("artifact", "load"),
+    "Compiled": ("compiled", "Compiled"),
+    "EdgepassError": ("errors", "EdgepassError"),
+    "any_of": ("ir.match", "any_of"),
+    "const": ("ir.match", "const"),
+    "op": ("ir.match", "op"),
+    "var": ("ir.match", "var"),
+    "Context": ("passes.base", "Context"),
+    "Pass": ("passes.base", "Pass"),
+    "PassResult": ("passes.base", "PassResult"),
+    "Stage": ("passes.base", "Stage"),
+    "load_plugin": ("passes.registry", "load_plugin"),
+    "list_passes": ("passes.registry", "passes"),
+    "register_pass": ("passes.registry", "register_pass"),
+    "RewriteRule": ("passes.rules", "RewriteRule"),
+    "RuleGroup": ("passes.rules", "RuleGroup"),
+    "explain": ("passes.rules", "explain"),
+    "get_target": ("targets.registry", "get_target"),
+    "register_target": ("targets.registry", "register_target"),
+    "list_targets": ("targets.registry", "targets"),
+    "Hardware": ("targets.target", "Hardware"),
+    "OpSupport": ("targets.target", "OpSupport"),
+    "QuantScheme": ("targets.target", "QuantScheme"),
+    "Target": ("targets.target", "Target"),
+}
+
+__all__ = sorted(_HOMES)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'edgepass' has no attribute {name!r}")
+    module, attribute = home
+    value = getattr(importlib.import_module(f".{module}", __name__), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,358 @@
+"""The calls a user makes: `compile`, `estimate`, `bisect`. Import -> pipeline -> lower.
+
+Here: putting the parts in order. Not here: what a recipe means (`pipelines`), the result (`compiled`),
+the folder on disk (`artifact`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from .compiled import Compiled
+from .cost.report import CostReport, Estimate, cost_report
+from .errors import EdgepassError, UnsupportedOpError, UsageError
+from .frontends import load_model, load_notes, to_supported_opset
+from .passes.base import Context, Pass
+from .passes.bisect import BisectResult, bisect_passes
+from .passes.driver import run_passes, sort_by_stage
+from .passes.ledger import Ledger
+from .passes.probe import Probe, default_dims, sample_inputs
+from .passes.spec import format_passes
+from .pipelines import epilogue, parse_recipe, prelude
+from .samples import as_feeds
+from .speed import Speed, compare, runner_of
+from .targets.feed import input_specs
+from .targets.registry import get_target, host_name
+from .targets.support import Placement, place
+from .targets.target import Runtime, Target
+
+LOSSLESS = 1e-4
+"""What a lossless recipe may change, relative to an output's range."""
+
+ProgressCall = Callable[[int, int, str], None]
+
+
+def compile(  # noqa: A001 - the name users look for
+    model: Any,
+    target: str | Target = "host",
+    *,
+    recipe: str = "default",
+    passes: Sequence[Pass] = (),
+    calibration: Any = None,
+    example_inputs: Any = None,
+    dynamic_shapes: Any = None,
+    input_shapes: Sequence[str] | Mapping[str, str] | None = None,
+    dims: Mapping[str, int] | None = None,
+    strict: bool = False,
+    check_numerics: bool = True,
+    time_budget_s: float = 0.5,
+    progress: ProgressCall | None = None,
+) -> Compiled:
+    """Compile a model for a target.
+
+    Args:
+        model: an ONNX path, bytes, `ModelProto`, `onnx_ir.Model`; a torch module with
+            `example_inputs`, an `ExportedProgram`; a callable, or `package.module:callable`.
+        target: a name (`edgepass targets` lists them), `host`, or a `Target`.
+        recipe: a named recipe, or passes as text: `cleanup,my_pass{x=1},int8`.
+        passes: passes of your own, run at their stage in addition to the recipe's.
+        calibration: representative inputs, for recipes that observe ranges; see `samples.as_feeds`.
+        example_inputs, dynamic_shapes, input_shapes: for torch; see `frontends.load_model`.
+        dims: sizes of symbolic dimensions: at which costs are counted and numerics checked, and
+            for TVM the sizes to compile for.
+        strict: fail where a node falls off the target's fast path, or a lossless recipe
+            changes results by more than 1e-4 of an output's range.
+        check_numerics: measure each pass's error against the model before it, on the first
+            calibration sample or on random inputs.
+        time_budget_s: seconds to spend on timing the result against the original where this
+            machine can run it; 0 for none.
+        progress: called with (done, total, what).
+
+    Raises:
+        EdgepassError: its subclasses say what, where, why and what to do.
+    """
+    device = get_target(target)
+    graph = _load(model, example_inputs, dynamic_shapes, input_shapes, weights_required=True)
+    notes = load_notes(graph)
+    chosen = sort_by_stage([*prelude(), *parse_recipe(recipe), *passes, *epilogue()])
+    feeds = None if calibration is None else as_feeds(calibration, input_specs(graph))
+    sizes = default_dims(graph, dims)
+    feed = feeds[0] if feeds else sample_inputs(graph, dims=dims)
+    context = Context(device, feeds, sizes, progress or _silent)
+    original = graph.clone() if time_budget_s > 0 and _runs_here(device) else None
+    probe = Probe(feed) if check_numerics else None
+    graph, ledger = run_passes(graph, chosen, context, probe=probe)
+    _judge(ledger, chosen, strict, notes)
+    placement = place(device, graph)
+    _require_placed(placement)
+    if strict:
+        placement.require_fast()
+    if recipe == "default" and device.scheme is not None:
+        notes.append(_what_int8_adds(graph, device, sizes))
+    if dims and device.runtime is Runtime.TVM:
+        device = device.replace(tvm={**device.tvm, "dims": dict(dims)})
+    report = cost_report(graph, device, recipe=recipe, dims=sizes)
+    compiled = Compiled(
+        model=graph,
+        target=device,
+        recipe=format_passes(chosen[len(prelude()) : -len(epilogue())]) or "none",
+        ledger=ledger,
+        placement=placement,
+        notes=notes,
+        session_options=_session_options(device, graph),
+        cost=_static_only(report),
+        dims=sizes,
+        golden_input=feed,
+    )
+    if original is not None:
+        compiled.speed = _time(original, compiled, feed, time_budget_s)
+    return compiled
+
+
+def estimate(
+    architecture: Any,
+    target: str | Target = "host",
+    recipes: Iterable[str] = ("fp32", "fp16", "int8"),
+    *,
+    example_inputs: Any = None,
+    dynamic_shapes: Any = None,
+    input_shapes: Sequence[str] | Mapping[str, str] | None = None,
+    dims: Mapping[str, int] | None = None,
+    passes: Sequence[Pass] = (),
+    progress: ProgressCall | None = None,
+) -> Estimate:
+    """What an architecture will cost on a target under each recipe. No weights are needed.
+
+    Takes what `compile` takes, and modules on torch's `meta` device, callables that build one, and
+    ONNX files whose external data is not there. A recipe that can't be priced is reported
+    with its reason; the others are unharmed.
+
+    Raises:
+        EdgepassError: the architecture can't be read, or no recipe is given.
+    """
+    wanted = [recipes] if isinstance(recipes, str) else list(recipes)
+    if not wanted:
+        raise UsageError("No recipe is given", fix='recipes=["fp32", "int8"]')
+    device = get_target(target)
+    plans = {name: sort_by_stage([*parse_recipe(name), *passes]) for name in wanted}
+    tell = progress or _silent
+    tell(0, len(wanted) + 1, "loading")
+    graph = _load(
+        architecture, example_inputs, dynamic_shapes, input_shapes, weights_required=False
+    )
+    sizes = default_dims(graph, dims)
+    context = Context(device, None, sizes)
+    graph, _ = run_passes(graph, prelude(), context)
+    reports: list[CostReport] = []
+    failed: dict[str, str] = {}
+    shared: dict[str, ir.Model] = {}
+    for done, (name, chosen) in enumerate(plans.items()):
+        tell(done + 1, len(wanted) + 1, name)
+        try:
+            reports.append(_price(graph, device, name, chosen, context, shared))
+        except EdgepassError as error:
+            failed[name] = str(error)
+    tell(len(wanted) + 1, len(wanted) + 1, "")
+    return Estimate(device.name, tuple(reports), failed)
+
+
+def bisect(
+    model: Any,
+    target: str | Target = "host",
+    *,
+    recipe: str = "default",
+    passes: Sequence[Pass] = (),
+    feed: Mapping[str, np.ndarray] | None = None,
+    calibration: Any = None,
+    dims: Mapping[str, int] | None = None,
+    tolerance: float = LOSSLESS,
+    out: str | Path | None = None,
+    example_inputs: Any = None,
+    input_shapes: Sequence[str] | Mapping[str, str] | None = None,
+) -> BisectResult:
+    """Which pass of a pipeline first changes results by more than `tolerance`.
+
+    `feed` is the input to compare on; without one, the first calibration sample or random inputs.
+    With `out`, a minimal reproducer is written there: a model, an input and a report.
+
+    Raises:
+        EdgepassError: the model can't be read or run.
+    """
+    graph = _load(model, example_inputs, None, input_shapes, weights_required=True)
+    feeds = None if calibration is None else as_feeds(calibration, input_specs(graph))
+    if feed is None:
+        feed = feeds[0] if feeds else sample_inputs(graph, dims=dims)
+    chosen = [*prelude(), *parse_recipe(recipe), *passes, *epilogue()]
+    context = Context(get_target(target), feeds, default_dims(graph, dims))
+    folder = None if out is None else Path(out)
+    return bisect_passes(graph, chosen, context, feed, tolerance=tolerance, out=folder)
+
+
+# --- parts of compile --------------------------------------------------------------------------
+
+
+def _load(
+    model: Any,
+    example_inputs: Any,
+    dynamic_shapes: Any,
+    input_shapes: Any,
+    *,
+    weights_required: bool,
+) -> ir.Model:
+    graph = load_model(
+        model,
+        example_inputs=example_inputs,
+        dynamic_shapes=dynamic_shapes,
+        input_shapes=input_shapes,
+        weights_required=weights_required,
+    )
+    notes = to_supported_opset(graph)
+    if notes:
+        graph.meta["edgepass.load_notes"] = [*load_notes(graph), *notes]
+    return graph
+
+
+def _silent(done: int, total: int, what: str) -> None:
+    """No progress shown."""
+
+
+def _runs_here(target: Target) -> bool:
+    try:
+        return target.name.partition("/")[0].startswith(host_name())
+    except EdgepassError:
+        return False
+
+
+def _judge(ledger: Ledger, passes: Sequence[Pass], strict: bool, notes: list[str]) -> None:
+    """A lossless pipeline that changed the numbers says so, or fails when strict."""
+    error = ledger.total_error
+    if error is None or error.relative <= LOSSLESS or not all(p.lossless for p in passes):
+        return
+    worst = max(
+        (row for row in ledger.rows if row.error is not None),
+        key=lambda row: row.error.relative if row.error is not None else 0.0,
+    )
+    text = (
+        f"results differ by {error.relative:.1e} of the range of {error.output!r}, most of it in "
+        f"{worst.name}; every pass of this recipe is meant to be lossless"
+    )
+    if strict:
+        from .errors import NumericsError
+
+        raise NumericsError(
+            "The recipe is not lossless on this model",
+            where=f"output {error.output!r}, pass {worst.name}",
+            why=text,
+            fix="`edgepass bisect` writes a minimal reproducer; leave the pass out to go on",
+        )
+    notes.append(f"WARNING: {text}; `edgepass bisect` tells more")
+
+
+def _require_placed(placement: Placement) -> None:
+    lost = [row for row in placement.rows if row.where == "not at all"]
+    if lost:
+        raise UnsupportedOpError(
+            f"{placement.target} can't run {lost[0].count} {lost[0].op_type} node(s)",
+            where=lost[0].example,
+            why=lost[0].reason,
+            fix="choose another runtime (the plain target name is ONNX Runtime), or rewrite the "
+            "nodes with a pass of your own",
+        )
+
+
+def _session_options(target: Target, model: ir.Model) -> dict[str, str]:
+    """The target's own, and those of its preferred scheme once the model has Q/DQ pairs."""
+    options = dict(target.session_options)
+    quantized = any(
+        node.op_type == "QuantizeLinear"
+        for graph in (model.graph, *model.graph.subgraphs())
+        for node in graph
+    )
+    if quantized:
+        for scheme in reversed(target.quantization):
+            options.update(scheme.session_options)
+    return options
+
+
+def _static_only(report: CostReport) -> dict[str, Any]:
+    """The report's totals for the manifest, without the table of nodes."""
+    return {key: value for key, value in report.as_dict().items() if key != "nodes"}
+
+
+def _what_int8_adds(model: ir.Model, target: Target, dims: Mapping[str, int]) -> str:
+    """One sentence on what `recipe="int8"` would bring, by the static cost model."""
+    try:
+        chosen = parse_recipe("int8")
+        context = Context(target, None, dims)
+        before = cost_report(model, target, recipe="default", dims=dims)
+        after = _price(model, target, "int8", chosen[-1:], context, {})
+    except EdgepassError as error:
+        return f'recipe="int8" can\'t be priced here: {error.diagnostic.what}'
+    saved = f"{before.file_bytes / 1e6:.2f} MB to {after.file_bytes / 1e6:.2f} MB"
+    return (
+        f'this recipe is lossless; recipe="int8" with calibration samples would take the file '
+        f"from {saved} (computed), and latency from {before.latency} to {after.latency}"
+    )
+
+
+def _time(
+    original: ir.Model, compiled: Compiled, feed: Mapping[str, np.ndarray], budget_s: float
+) -> Speed | None:
+    from .targets.onnxruntime import OrtRunner
+
+    try:
+        baseline = OrtRunner(original)
+        runner = compiled._make_runner()
+        what = compiled.target.name
+        speed = compare(
+            runner_of(baseline, feed), runner_of(runner, feed), budget_s=budget_s, what=what
+        )
+    except EdgepassError as error:
+        compiled.notes.append(f"not timed: {error.diagnostic.what}")
+        return None
+    if speed.slower:
+        compiled.notes.append(
+            f"SLOWER than the original in ONNX Runtime on this machine: {1 / speed.ratio:.2f}x"
+        )
+    return speed
+
+
+# --- parts of estimate -------------------------------------------------------------------------
+
+
+def _price(
+    graph: ir.Model,
+    target: Target,
+    name: str,
+    chosen: Sequence[Pass],
+    context: Context,
+    shared: dict[str, ir.Model],
+) -> CostReport:
+    """Run what runs without weights, plan the rest, and price the outcome.
+
+    `shared` keeps the graph after the passes that several recipes begin with.
+    """
+    free = [item for item in chosen if not item.needs_weights]
+    planned = [item for item in chosen if item.needs_weights]
+    common = [item for item in free if item.lossless]
+    key = format_passes(common)
+    if key not in shared:
+        shared[key], _ = run_passes(graph.clone(), common, context)
+    model = shared[key]
+    special = [item for item in free if not item.lossless]
+    if special:
+        model, _ = run_passes(model.clone(), special, context)
+    plan = None
+    notes = []
+    for item in planned:
+        found = item.plan(model, context)
+        if found is None:
+            notes.append(f"{item}: stored size is not changed by it")
+        else:
+            plan = found
+    return cost_report(model, target, recipe=name, plan=plan, dims=context.dims, notes=notes)

@@ -1,0 +1,122 @@
+"""Recipes: what text like `int8` or `cleanup,my_pass{x=1},int8` stands for.
+
+Here: the named groups and recipes, and turning text into passes. The only module that knows both passes
+and targets by name. Not here: running them (`passes.driver`), the text form of one pass
+(`passes.spec`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+from .errors import PassOptionError
+from .passes.base import Pass
+from .passes.cleanup.dead_code import DeadCode
+from .passes.cleanup.duplicates import Duplicates
+from .passes.cleanup.folding import FoldConstants
+from .passes.cleanup.identities import Identities
+from .passes.cleanup.shape_folding import FoldShapes, InferShapes
+from .passes.driver import sort_by_stage
+from .passes.fuse.activations import FuseActivations
+from .passes.fuse.affine import FoldAffine
+from .passes.fuse.gemm import GemmForms
+from .passes.legalize import Legalize
+from .passes.registry import find_pass
+from .passes.spec import PassSpec, build_pass, parse_specs
+
+GROUPS: dict[str, tuple[type[Pass], ...]] = {
+    "cleanup": (FoldShapes, FoldConstants, Identities, Duplicates, DeadCode),
+    "fuse": (FoldAffine, GemmForms, FuseActivations),
+}
+"""Names that stand for several passes at their default options."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A named recipe: the passes on top of cleanup and fuse, and what it is good for."""
+
+    name: str
+    text: str
+    description: str
+
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe("default", "", "lossless: cleanup, and fusion for the target"),
+        Recipe("fp32", "", "the same as default"),
+        Recipe("fp16", "fp16", "weights and arithmetic in half precision"),
+        Recipe("bf16", "bf16", "weights and arithmetic in bfloat16"),
+        Recipe("int8", "int8", "weights and activations in 8 bits; needs calibration samples"),
+        Recipe("dynamic-int8", "int8_dynamic", "weights in 8 bits, activations quantized per run"),
+        Recipe("int8-weights", "weight_only{bits=8}", "weights stored in 8 bits, float arithmetic"),
+        Recipe("int4-weights", "weight_only{bits=4}", "MatMul weights stored in 4 bits, in blocks"),
+    )
+}
+
+_PRUNE = re.compile(r"prune(\d{1,2})$")
+
+
+def parse_recipe(text: str) -> list[Pass]:
+    """The passes that a recipe means, sorted by stage; legalization is not among them.
+
+    One item, or several joined by `+` (`prune50+int8`), is a whole pipeline: cleanup and fuse come
+    first. A list with commas is taken as written: `cleanup,my_pass{x=1},int8`.
+
+    Raises:
+        UnknownPassError: no such recipe, group or pass.
+        PassOptionError: the text or an option is wrong.
+    """
+    if not text.strip():
+        raise PassOptionError(
+            "The recipe is empty",
+            fix=f"name one of {', '.join(RECIPES)}, or list passes",
+        )
+    specs = parse_specs(text.replace("+", ",") if "{" not in text else text)
+    whole = "," not in _outside_braces(text)
+    passes: list[Pass] = []
+    if whole:
+        passes += [cls() for group in GROUPS.values() for cls in group]
+    for spec in specs:
+        passes += _expand(spec)
+    return sort_by_stage(_without_repeats(passes))
+
+
+def prelude() -> list[Pass]:
+    """What runs before any recipe."""
+    return [InferShapes()]
+
+
+def epilogue() -> list[Pass]:
+    """What runs after any recipe: nothing illegal reaches a runtime."""
+    return [Legalize()]
+
+
+def describe_recipes() -> list[Recipe]:
+    """The named recipes, for help texts."""
+    return list(RECIPES.values())
+
+
+def _expand(spec: PassSpec) -> list[Pass]:
+    if spec.name in GROUPS and not spec.options:
+        return [cls() for cls in GROUPS[spec.name]]
+    if spec.name in RECIPES and not spec.options and spec.name not in ("fp16", "bf16", "int8"):
+        return [
+            build_pass(find_pass(inner.name), inner)
+            for inner in parse_specs(RECIPES[spec.name].text)
+        ]
+    percent = _PRUNE.match(spec.name)
+    if percent and not spec.options:
+        spec = PassSpec("prune", (("ratio", int(percent[1]) / 100),))
+    return [build_pass(find_pass(spec.name), spec)]
+
+
+def _outside_braces(text: str) -> str:
+    return re.sub(r"\{[^}]*\}", "", text)
+
+
+def _without_repeats(passes: Sequence[Pass]) -> list[Pass]:
+    """Each pass once: `cleanup,cleanup` is one cleanup, options and all."""
+    return list(dict.fromkeys(passes))
