@@ -45,7 +45,7 @@ sysroot_is_current() {
 guest() {
   local root=$1
   shift
-  env -i PATH=/usr/bin:/bin HOME=/nonexistent PYTHONPATH="$root/site" PYTHONDONTWRITEBYTECODE=1 \
+  env -i PATH=/usr/bin:/bin HOME="$root" PYTHONPATH="$root/site" PYTHONDONTWRITEBYTECODE=1 ORT_DISABLE_TELEMETRY=1 \
     "$(find_qemu)" -cpu cortex-a76 -L "$root" "$(readlink -f "$root/usr/bin/python3")" -s -P "$@"
 }
 

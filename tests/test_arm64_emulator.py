@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -149,11 +150,6 @@ def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(actual - expected).max() / np.ptp(expected))
 
 
-def one_step(model: Path) -> EmulatedJob:
-    """The conv net's kind of job: one call on random data."""
-    return EmulatedJob(name=model.stem, model=model, feeds=[{"x": np.ones(1, np.float32)}])
-
-
 @pytest.mark.arm64
 def test_onnxruntime_jobs_in_one_process(emulator: Emulator, tmp_path: Path) -> None:
     """fp32 equals the host; s8/s8 fuses into QLinearConv; state is carried; levels are obeyed."""
@@ -181,13 +177,20 @@ def test_onnxruntime_jobs_in_one_process(emulator: Emulator, tmp_path: Path) -> 
             save_optimized=tmp_path / "quantized.optimized.onnx",
         ),
         EmulatedJob(
+            name="int8 not allowed",
+            model=quantized,
+            feeds=[image],
+            session_config={"session.qdqisint8allowed": "0"},
+            save_optimized=tmp_path / "quantized.u8.onnx",
+        ),
+        EmulatedJob(
             name="state",
             model=accumulator(tmp_path / "state.onnx"),
             feeds=[{"x": ones, "state": ones}, {"x": ones}, {"x": ones, "state": 9 * ones}],
             carry={"state_out": "state"},
         ),
     ]
-    fp32, as_written, int8, state = emulator.run_jobs(jobs)
+    fp32, as_written, int8, uint8, state = emulator.run_jobs(jobs)
 
     assert len(fp32.outputs) == 2
     for feed, outputs in zip(feeds, fp32.outputs, strict=True):
@@ -196,8 +199,12 @@ def test_onnxruntime_jobs_in_one_process(emulator: Emulator, tmp_path: Path) -> 
     assert operators(as_written.optimized_model).count("Relu") == 1
     assert "Relu" not in operators(fp32.optimized_model)  # fused into its convolution
 
-    assert operators(int8.optimized_model).count("QLinearConv") == 2
-    assert "Conv" not in operators(int8.optimized_model)
+    for result in (int8, uint8):
+        assert operators(result.optimized_model).count("QLinearConv") == 2
+        assert "Conv" not in operators(result.optimized_model)
+    # Without the option the session turns s8 activations into u8 before it fuses.
+    assert activation_types(int8.optimized_model) == {TensorProto.INT8}
+    assert activation_types(uint8.optimized_model) == {TensorProto.UINT8}
     expected = host_outputs(quantized, image)
     for name, array in int8.outputs[0].items():
         # Integer accumulation may round a value one quantization step (0.05) away from float's.
@@ -210,6 +217,14 @@ def test_onnxruntime_jobs_in_one_process(emulator: Emulator, tmp_path: Path) -> 
 def operators(model: Path | None) -> list[str]:
     assert model is not None
     return [node.op_type for node in onnx.load(model).graph.node]
+
+
+def activation_types(model: Path | None) -> set[int]:
+    """The types of the zero points of what the QLinearConv nodes read."""
+    assert model is not None
+    graph = onnx.load(model).graph
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    return {types[node.input[2]] for node in graph.node if node.op_type == "QLinearConv"}
 
 
 @pytest.mark.arm64
@@ -298,7 +313,11 @@ def test_job_that_never_ends_is_stopped(emulator: Emulator, tmp_path: Path) -> N
     state = accumulator(tmp_path / "state.onnx")
     jobs = [
         EmulatedJob(name="before", model=state, feeds=[{"x": ones, "state": ones}]),
-        one_step(endless_loop(tmp_path / "loop.onnx")),
+        EmulatedJob(
+            name="endless",
+            model=endless_loop(tmp_path / "loop.onnx"),
+            feeds=[{"x": np.ones(1, np.float32)}],
+        ),
         EmulatedJob(name="after", model=state, feeds=[{"x": ones, "state": 2 * ones}]),
     ]
     before, endless, after = emulator.run_jobs(jobs, timeout=5.0, check=False)
@@ -333,7 +352,7 @@ def test_guest_dies_with_its_host_process(emulator: Emulator, tmp_path: Path) ->
     assert [process.pid for process in gone] == [guest.pid]
 
 
-def wait_for_guest(parent):  # type: ignore[no-untyped-def]
+def wait_for_guest(parent: Any) -> Any:
     """The emulator process under `parent`, once there is one."""
     for _ in range(300):
         for child in parent.children():

@@ -121,8 +121,9 @@ class Emulator:
         """The guest's whole environment: nothing of the host's Python or linker settings leaks."""
         return {
             "PATH": "/usr/bin:/bin",
-            "HOME": "/nonexistent",
+            "HOME": str(self.sysroot),
             "TMPDIR": tempfile.gettempdir(),
+            "ORT_DISABLE_TELEMETRY": "1",  # on by default in the wheel, with files under HOME
             "PYTHONPATH": str(self.sysroot / "site"),
             "PYTHONDONTWRITEBYTECODE": "1",
             "PYTHONUTF8": "1",
