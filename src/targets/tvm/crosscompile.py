@@ -84,7 +84,7 @@ def link(linker: Linker, objects: Sequence[Path], out: Path) -> None:
     Raises:
         LoweringError: the linker failed; its own words are the reason.
     """
-    flags = ["-shared", "-fPIC", "-Wl,--build-id=none", "-Wl,-soname," + out.name, "-s"]
+    flags = ["-shared", "-fPIC", "-Wl,--build-id=none", "-s"]
     # Run beside the objects, with relative names: absolute ones would end up in the library.
     folder = objects[0].parent
     names = [obj.name for obj in objects]

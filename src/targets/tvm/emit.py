@@ -11,6 +11,7 @@ import dataclasses
 import io
 import json
 import os
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -129,17 +130,21 @@ def emit(
             module = lower_gpu(module, tvm_target)
         else:
             assert target.cpu is not None
-            tvm_target = cpu_target(target.cpu)
+            tvm_target = target.cpu.tvm_target()
             module, schedule = _lower_cpu(module, target, tvm_target)
         executable = _build(module, tvm_target)
     if target.kind in GPU_KINDS:
         note = check_gpu_module(executable.mod, target.kind)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with _lowering_errors(target):
-        executable.export_library(str(out), fcompile=fcompile(linker, triple))
-    _check_library(out, triple)
     info = _describe(model, target, tvm.__version__)
-    side_file(out).write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
+    with tempfile.TemporaryDirectory(prefix=".edgepass-", dir=_folder_of(out)) as folder:
+        # A new file, renamed: a process that has the old library mapped keeps it whole.
+        made = Path(folder) / out.name
+        with _lowering_errors(target):
+            executable.export_library(str(made), fcompile=fcompile(linker, triple))
+        _check_library(made, triple)
+        side_file(made).write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
+        made.replace(out)
+        side_file(made).replace(side_file(out))
     return TvmEmitReport(
         library=out,
         kernels=_kernels(module),
@@ -154,16 +159,11 @@ def emit(
     )
 
 
-def cpu_target(cpu: CpuSpec) -> Any:
-    """The `tvm.target.Target` of a CPU."""
-    import tvm
-
-    fields: dict[str, Any] = {"kind": "llvm", "mtriple": cpu.triple}
-    if cpu.mcpu:
-        fields["mcpu"] = cpu.mcpu
-    if cpu.mattr:
-        fields["mattr"] = list(cpu.mattr)
-    return tvm.target.Target(fields)
+def _folder_of(out: Path) -> Path:
+    if out.suffix != ".so":
+        raise UsageError(f"The library's name {out.name!r} does not end in .so", fix="use .so")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return out.parent
 
 
 def _check_cross(target: TvmTarget, triple: str) -> None:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import onnx
@@ -21,12 +22,16 @@ from ...errors import LoweringError, MissingDependencyError, UnsupportedOpError
 from ...ir.graph import (
     CONTRIB_DOMAIN,
     ONNX_DOMAINS,
+    constant_scalar,
     describe_node,
+    dims_of,
     node_subgraphs,
     opset_of,
 )
+from .limits import LIMITS, NO_KERNELS
 from .lstm import lstm_obstacle
-from .prepare import expand_by_definition, private_copy, symbolic_dims
+from .prepare import EXPANDED_BY_DEFINITION, private_copy, symbolic_dims
+from .symbolic import dimension_sources
 
 USE_ONNX_RUNTIME = 'use target="arm64" (ONNX Runtime)'
 """The way out that every refusal names: ONNX Runtime runs all of these."""
@@ -34,43 +39,10 @@ USE_ONNX_RUNTIME = 'use target="arm64" (ONNX Runtime)'
 MIN_OPSET = 13
 """The oldest opset whose converters in TVM 0.27 follow that opset's meaning (Softmax, Squeeze)."""
 
-EXPANDED_BY_DEFINITION = frozenset(
-    {
-        "Attention",
-        "BlackmanWindow",
-        "Celu",
-        "CenterCropPad",
-        "HammingWindow",
-        "HannWindow",
-        "NegativeLogLikelihoodLoss",
-        "RotaryEmbedding",
-        "SoftmaxCrossEntropyLoss",
-        "SwiGLU",
-        "Swish",
-    }
-)
-"""Operators TVM has no converter for, which ONNX defines as functions of others that it has."""
-
 _CONTRIB_CONVERTERS = frozenset(
     {"Attention", "BiasGelu", "EmbedLayerNormalization", "FastGelu", "SkipLayerNormalization"}
 )
 # TVM's map ignores domains: these are `com.microsoft` operators (ONNX's own Attention differs).
-
-_UNSUPPORTED_DTYPES = frozenset(
-    {
-        ir.DataType.STRING,
-        ir.DataType.COMPLEX64,
-        ir.DataType.COMPLEX128,
-        ir.DataType.INT4,
-        ir.DataType.UINT4,
-        ir.DataType.INT2,
-        ir.DataType.UINT2,
-    }
-)
-
-
-LIMITS: dict[str, Callable[[ir.Node], str | None]] = {}
-"""Operator -> why a node of it is refused although TVM has a converter, or None."""
 
 
 def require_tvm() -> Any:
@@ -104,12 +76,16 @@ def unsupported_nodes(model: ir.Model) -> list[tuple[ir.Node, str]]:
     The answer comes from TVM's own converter map, plus the limits in this module. An empty list
     does not promise a successful import: a converter may still refuse certain shapes.
     """
+    return _refused(model, prepared=False)
+
+
+def _refused(model: ir.Model, *, prepared: bool) -> list[tuple[ir.Node, str]]:
     found = []
     for graph in (model.graph, *(function.graph for function in model.functions.values())):
         for node, nested in _nodes(graph):
             if node.op_identifier() in model.functions:
                 continue  # inlined before import
-            reason = _refusal(node, nested)
+            reason = _refusal(node, nested, prepared)
             if reason is not None:
                 found.append((node, reason))
     return found
@@ -122,13 +98,13 @@ def _nodes(graph: ir.Graph, nested: bool = False) -> Iterator[tuple[ir.Node, boo
             yield from _nodes(subgraph, True)
 
 
-def _refusal(node: ir.Node, nested: bool) -> str | None:
+def _refusal(node: ir.Node, nested: bool, prepared: bool) -> str | None:
     if node.domain == CONTRIB_DOMAIN and node.op_type in _CONTRIB_CONVERTERS:
         return None
     if node.domain not in ONNX_DOMAINS:
         return f"TVM's ONNX importer has no converter for operators of {node.domain!r}"
     for value in (*node.inputs, *node.outputs):
-        if value is not None and value.dtype in _UNSUPPORTED_DTYPES:
+        if value is not None and value.dtype in NO_KERNELS:
             return f"TVM has no kernels for {value.dtype.name} tensors ({value.name!r})"
     if node.op_type == "LSTM":
         return lstm_obstacle(node) if not nested else "TVM has no LSTM; nested ones stay as is"
@@ -136,8 +112,10 @@ def _refusal(node: ir.Node, nested: bool) -> str | None:
     reason = limit(node) if limit is not None else None
     if reason is not None:
         return reason
-    if node.op_type in EXPANDED_BY_DEFINITION:
+    if node.op_type in EXPANDED_BY_DEFINITION and not prepared:
         return None if not nested else "it is expanded in the main graph only"
+    if node.op_type in EXPANDED_BY_DEFINITION:
+        return "TVM has no converter, and ONNX's definition needs types that are not known here"
     if node.op_type in converter_names() - _CONTRIB_CONVERTERS or node.op_type == "If":
         return None
     return "TVM's ONNX importer has no converter for this operator"
@@ -162,14 +140,12 @@ def to_relax(model: ir.Model, dims: Mapping[str, int] | None = None) -> Any:
     require_tvm()
     _require_opset(model)
     copy = private_copy(model, dims)
-    refused = unsupported_nodes(copy)
+    refused = _refused(copy, prepared=True)
     if refused:
         raise _unsupported(model, refused)
     proto = ir.to_proto(copy)
     nodes = _number_nodes(copy, proto)
-    used = {node.op_type for node in copy.graph if node.domain in ONNX_DOMAINS}
-    proto = expand_by_definition(proto, used & EXPANDED_BY_DEFINITION)
-    return _import(model, proto, nodes)
+    return _import(model, copy, proto, nodes)
 
 
 def _require_opset(model: ir.Model) -> None:
@@ -218,33 +194,100 @@ def _number_nodes(model: ir.Model, proto: onnx.ModelProto) -> dict[str, ir.Node]
     return named
 
 
-def _import(model: ir.Model, proto: onnx.ModelProto, nodes: dict[str, ir.Node]) -> Any:
-    from tvm.relax.frontend.onnx import onnx_frontend
-
-    class Importer(onnx_frontend.ONNXGraphImporter):  # type: ignore[misc]
-        """TVM's importer, which remembers the node it is at."""
-
-        at: str | None = None
-        op_type = ""
-
-        def _convert_operator(self, op_name: str, inputs: Any, attrs: Any, opset: int) -> Any:
-            self.at, self.op_type = str(attrs["tvm_custom"]["name"]), op_name
-            return super()._convert_operator(op_name, inputs, attrs, opset)
-
-    importer = Importer({}, {}, keep_params_in_input=False, sanitize=True)
+def _import(
+    model: ir.Model, copy: ir.Model, proto: onnx.ModelProto, nodes: dict[str, ir.Node]
+) -> Any:
+    """Run TVM's importer over `proto`; `nodes` are those of `copy`, `model` is the caller's."""
+    importer = _importer_class()(nodes, dimension_sources(copy.graph))
     # The importer prints the failing operator, and warns of every renamed input.
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         try:
-            return importer.from_onnx(proto.graph, opset_of(model))
+            return importer.from_onnx(proto.graph, opset_of(copy))
         except Exception as error:  # the importer raises whatever its converters raise
-            node = nodes.get(importer.at or "")
+            # Before a conversion the importer names the node itself: "Node n12 cannot ...".
+            named = re.match(r"Node (n\d+) ", str(error))
+            node = nodes.get(named[1] if named else importer.at or "")
+            operator = node.op_type if node is not None else importer.op_type
             raise UnsupportedOpError(
-                f"TVM's ONNX importer failed at {importer.op_type or 'the graph inputs'}",
+                f"TVM's ONNX importer failed at {operator or 'the graph inputs'}",
                 where=describe_node(node) if node is not None else importer.at or "",
                 why=first_line(error),
                 fix=_way_out(model),
             ) from error
+
+
+@functools.cache
+def _importer_class() -> Any:
+    """TVM's importer, which remembers the node it is at and keeps the shapes ONNX inferred."""
+    from tvm import relax
+    from tvm.relax.frontend.onnx import onnx_frontend
+
+    class Importer(onnx_frontend.ONNXGraphImporter):  # type: ignore[misc]
+        def __init__(
+            self, nodes: Mapping[str, ir.Node], sources: Mapping[str, tuple[ir.Value, int]]
+        ) -> None:
+            super().__init__({}, {}, keep_params_in_input=False, sanitize=True)
+            self.nodes, self.sources = nodes, sources
+            self.at: str | None = None
+            self.op_type = ""
+
+        def _convert_operator(self, op_name: str, inputs: Any, attrs: Any, opset: int) -> Any:
+            self.at, self.op_type = str(attrs["tvm_custom"]["name"]), op_name
+            node = self.nodes.get(self.at)
+            if node is None or len(node.outputs) != 1 or not self.sources:
+                return super()._convert_operator(op_name, inputs, attrs, opset)
+            if op_name == "Range":
+                counted = self._count(node)
+                if counted is not None:
+                    return self.bb.normalize(counted)
+            result = super()._convert_operator(op_name, inputs, attrs, opset)
+            return self._with_known_shape(result, node.outputs[0])
+
+        def _count(self, node: ir.Node) -> Any:
+            """0, 1, 2, ... up to a dimension of an input; None for any other `Range`."""
+            start, step = constant_scalar(node.inputs[0]), constant_scalar(node.inputs[2])
+            shape = self._known_shape(node.outputs[0])
+            if shape is None or (start, step) != (0, 1):
+                return None
+            dtype = node.outputs[0].dtype
+            return relax.op.arange(0, shape[0], 1, (dtype or ir.DataType.INT64).numpy().name)
+
+        def _known_shape(self, value: ir.Value) -> list[Any] | None:
+            """The inferred shape in sizes and the inputs' symbols, or None."""
+            shape = []
+            for dim in dims_of(value) or ():
+                if isinstance(dim, int):
+                    shape.append(dim)
+                elif dim.value is not None and dim.value in self.sources:
+                    source, axis = self.sources[dim.value]
+                    shape.append(self._nodes[source.name].ty.shape[axis])
+                else:
+                    return None
+            return shape if value.shape is not None else None
+
+        def _with_known_shape(self, result: Any, value: ir.Value) -> Any:
+            """`result` cast to the shape ONNX inferred, where Relax itself lost track of it.
+
+            `NonZero` and dynamic slices give fresh symbols, which later operators
+            cannot relate to the input's. The cast is checked when the model runs.
+            """
+            kind = getattr(result, "ty", None)
+            if not isinstance(kind, relax.TensorType) or not self._lost(kind):
+                return result
+            shape = self._known_shape(value)
+            if shape is None:
+                return result
+            return self.bb.match_cast(result, relax.TensorType(shape, kind.dtype))
+
+        def _lost(self, kind: Any) -> bool:
+            if kind.shape is None or not hasattr(kind.shape, "values"):
+                return True
+            # Sources are keyed by dimension name, which is what the importer calls its variable.
+            variables = relax.analysis.tir_vars_in_type(kind)
+            return any(variable.name not in self.sources for variable in variables)
+
+    return Importer
 
 
 def first_line(error: BaseException) -> str:

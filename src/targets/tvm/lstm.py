@@ -139,8 +139,14 @@ class _Build:
 
     def replace(self, new: Sequence[ir.Value]) -> None:
         """Put the nodes where the old node was, and the values where its outputs were."""
+        kept = [pair for pair in zip(self.node.outputs, new, strict=True) if pair[0].name]
         ir.convenience.replace_nodes_and_values(
-            self.graph, self.node, [self.node], self.nodes, self.node.outputs, new
+            self.graph,
+            self.node,
+            [self.node],
+            self.nodes,
+            [old for old, _ in kept],
+            [value for _, value in kept],
         )
 
     def _add(

@@ -19,12 +19,31 @@ from onnx_ir import external_data
 
 from ...errors import UsageError, WeightsAbsentError
 from ...ir.graph import (
+    ONNX_DOMAINS,
     absent_weights,
     graphs,
     is_onnx_op,
     static_shape,
 )
 from .lstm import lstm_obstacle, unroll_lstm
+from .symbolic import name_shape_targets, write_out_padding
+
+EXPANDED_BY_DEFINITION = frozenset(
+    {
+        "Attention",
+        "BlackmanWindow",
+        "Celu",
+        "CenterCropPad",
+        "HammingWindow",
+        "HannWindow",
+        "NegativeLogLikelihoodLoss",
+        "RotaryEmbedding",
+        "SoftmaxCrossEntropyLoss",
+        "SwiGLU",
+        "Swish",
+    }
+)
+"""Operators TVM has no converter for, which ONNX defines as functions of others that it has."""
 
 
 def private_copy(model: ir.Model, dims: Mapping[str, int] | None = None) -> ir.Model:
@@ -50,8 +69,13 @@ def private_copy(model: ir.Model, dims: Mapping[str, int] | None = None) -> ir.M
     external_data.load_to_model(copy)
     if copy.functions:
         onnx_passes.InlinePass()(copy)
-    onnx_passes.LiftConstantsToInitializersPass(lift_all_constants=False, size_limit=0)(copy)
+    copy = _expand_by_definition(copy)
+    onnx_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(copy)
     onnx_passes.RemoveInitializersFromInputsPass()(copy)
+    _drop_unused_outputs(copy.graph)
+    write_out_padding(copy.graph)
+    name_shape_targets(copy.graph)
+    _shapes_as_tensors(copy.graph)
     _name_symbolic_dims(copy)
     for node in list(copy.graph):
         if is_onnx_op(node, "LSTM") and lstm_obstacle(node) is None:
@@ -128,7 +152,7 @@ def dim_key(value: ir.Value, axis: int) -> str:
 
 
 def _name_symbolic_dims(model: ir.Model) -> None:
-    """Give every symbolic input dimension a plain identifier.
+    """Give every dynamic input dimension a plain identifier, and its users inside the same one.
 
     TVM splits a dimension's name at `+ - * /` and evaluates it, so `seq-len` would become a
     difference. Dimensions without a name each get one of their own.
@@ -136,18 +160,20 @@ def _name_symbolic_dims(model: ir.Model) -> None:
     renamed: dict[str, str] = {}
     taken: set[str] = set()
     for value in model.graph.inputs:
-        if value.shape is None:
-            continue
-        dims: list[int | ir.SymbolicDim] = []
-        for axis, dim in enumerate(value.shape.dims):
-            if not _is_dynamic(dim):
-                dims.append(dim)
-                continue
+        for axis, dim in enumerate(value.shape.dims if value.shape is not None else ()):
             key = dim_key(value, axis)
-            if key not in renamed:
+            if _is_dynamic(dim) and key not in renamed:
                 renamed[key] = _identifier(key, taken)
-            dims.append(ir.SymbolicDim(renamed[key]))
-        value.shape = ir.Shape(dims)
+    values = [value for node in model.graph for value in node.outputs]
+    for value in (*model.graph.inputs, *values):
+        if value.shape is not None and any(map(_is_dynamic, value.shape.dims)):
+            keys = (dim_key(value, axis) for axis in range(len(value.shape.dims)))
+            value.shape = ir.Shape(
+                [
+                    ir.SymbolicDim(renamed.get(key, key)) if _is_dynamic(dim) else dim
+                    for key, dim in zip(keys, value.shape.dims, strict=True)
+                ]
+            )
 
 
 def _identifier(text: str, taken: set[str]) -> str:
@@ -162,14 +188,69 @@ def _identifier(text: str, taken: set[str]) -> str:
     return unique
 
 
-# --- expansion by ONNX's own definitions -----------------------------------------------------
+# --- smaller repairs -------------------------------------------------------------------------
 
 
-def expand_by_definition(proto: onnx.ModelProto, op_types: set[str]) -> onnx.ModelProto:
-    """Replace the standard operators named by ONNX's definition of them, recursively."""
-    if not op_types:
-        return proto
-    # The definitions that depend on context read input types, so they must be in the file.
-    typed = onnx.shape_inference.infer_shapes(proto)
-    chosen = [("", name) for name in sorted(op_types)]
-    return onnx.inliner.inline_selected_functions(typed, chosen, inline_schema_functions=True)
+def _expand_by_definition(model: ir.Model) -> ir.Model:
+    """Replace operators that TVM lacks by ONNX's own definition of them, until none is left.
+
+    The definitions that depend on context read input types, so shapes are inferred first. A
+    definition may use another such operator, hence the loop; one that gives up is left as it is.
+    """
+    for _ in range(4):
+        found = {node.op_type for node in model.graph if node.domain in ONNX_DOMAINS}
+        chosen = [("", name) for name in sorted(found & EXPANDED_BY_DEFINITION)]
+        if not chosen:
+            break
+        proto = onnx.shape_inference.infer_shapes(ir.to_proto(model))
+        try:
+            proto = onnx.inliner.inline_selected_functions(
+                proto, chosen, inline_schema_functions=True
+            )
+        except RuntimeError:  # a definition for types that are not known here
+            break
+        model = ir.from_proto(proto)
+    return model
+
+
+def _drop_unused_outputs(graph: ir.Graph) -> None:
+    """Shorten output lists: TVM counts a `MaxPool`'s unused indices as a result it must give."""
+    for node in graph:
+        keep = len(node.outputs)
+        while (
+            keep > 1
+            and not node.outputs[keep - 1].uses()
+            and not (node.outputs[keep - 1].is_graph_output())
+        ):
+            keep -= 1
+        if keep < len(node.outputs) and node.op_type != "Split":
+            node.resize_outputs(keep)
+
+
+_TAKES_SHAPES = (
+    *("Reshape", "Resize", "ConstantOfShape", "Slice", "Shape", "Expand", "Concat", "Identity"),
+    *("Equal", "Where", "Cast", "CastLike"),
+)
+# Operators for which TVM's importer accepts the symbolic result of `Shape` as it is. `Gather` and
+# `Squeeze` are left out: they make a number that is no tensor, which few operators take.
+
+
+def _shapes_as_tensors(graph: ir.Graph) -> None:
+    """Put a `Cast` to int64 between `Shape` and users that TVM wants to see a tensor at."""
+    symbolic: set[ir.Value] = set()
+    for node in list(graph):
+        if is_onnx_op(node, "Shape"):
+            symbolic.add(node.outputs[0])
+            continue
+        takes = is_onnx_op(node, *_TAKES_SHAPES)
+        if is_onnx_op(node, "Concat"):
+            takes = all(v in symbolic or (v and v.is_initializer()) for v in node.inputs)
+        used = [position for position, value in enumerate(node.inputs) if value in symbolic]
+        if used and takes and is_onnx_op(node, "Slice", "Concat", "Identity", "Where"):
+            symbolic.add(node.outputs[0])
+        if used and takes and is_onnx_op(node, "Reshape", "Cast") and 0 in used:
+            symbolic.add(node.outputs[0])
+        for position in used if not takes else ():
+            cast = ir.node("Cast", [node.inputs[position]], attributes={"to": ir.DataType.INT64})
+            graph.insert_before(node, cast)
+            node.replace_input_with(position, cast.outputs[0])

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -85,8 +87,7 @@ class TvmRunner:
             ) from error
         self._tvm = tvm
         try:
-            module = tvm.runtime.load_module(str(library))
-            self._vm = relax.VirtualMachine(module, tvm.cpu())
+            self._vm = relax.VirtualMachine(_load(library), tvm.cpu())
         except Exception as error:  # TVM raises RuntimeError, and its own InternalError
             raise ArtifactError(
                 "TVM cannot load the library",
@@ -118,6 +119,28 @@ class TvmRunner:
         values = [result] if hasattr(result, "numpy") else list(result)
         names = [info.name for info in self.outputs]
         return {name: np.array(value.numpy()) for name, value in zip(names, values, strict=True)}
+
+
+_loaded: dict[Path, tuple[int, int]] = {}
+# Path -> (inode, modification time) of the file that this process first loaded from there.
+
+
+def _load(library: Path) -> Any:
+    """Load a library, also one compiled anew since this process loaded it from the same path.
+
+    The dynamic loader returns the library it already has for a path, whatever the file holds
+    now, so a changed file is loaded from a copy under a new name.
+    """
+    import tvm
+
+    path = library.resolve()
+    status = path.stat()
+    signature = (status.st_ino, status.st_mtime_ns)
+    if _loaded.setdefault(path, signature) == signature:
+        return tvm.runtime.load_module(str(path))
+    with tempfile.TemporaryDirectory(prefix="edgepass-tvm-") as folder:
+        copy = shutil.copy(path, Path(folder) / "model.so")
+        return tvm.runtime.load_module(str(copy))
 
 
 def check_inputs(expected: list[TensorInfo], given: Mapping[str, np.ndarray]) -> list[np.ndarray]:
