@@ -1,0 +1,248 @@
+"""A Relax function as a flat list of nodes that the rules can match on.
+
+Names are normalized (`relax.nn.relu` and `relax.relu` are both `relu`), importer idioms become one
+node (a clip by two scalars, `where(isnan(x), c, x)`), and operators on constants are evaluated.
+Reading only; `rewrite.py` writes the new function.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+# A Relax expression: a variable, a constant, or anything else. tvm has no type stubs.
+Expr = Any
+
+
+@dataclasses.dataclass(eq=False)
+class Node:
+    """One binding. `shape` is None where it is not a tensor of static shape."""
+
+    index: int
+    var: Expr
+    op: str
+    inputs: list[Expr]
+    shape: tuple[int, ...] | None
+    dtype: str
+    value: Expr
+    params: tuple[float, ...] = ()
+
+    @property
+    def attrs(self) -> Any:
+        """The operator's attributes."""
+        return self.value.attrs
+
+
+def static_type(expr: Expr) -> tuple[tuple[int, ...] | None, str]:
+    """`(shape, dtype)` of a tensor expression; the shape is None unless it is static."""
+    from tvm import relax
+
+    kind = getattr(expr, "ty", None)
+    if not isinstance(kind, relax.TensorType):
+        return None, ""
+    dtype = str(kind.dtype)
+    if kind.shape is None or not hasattr(kind.shape, "values"):
+        return None, dtype
+    dims = []
+    for value in kind.shape.values:
+        if not hasattr(value, "value"):
+            return None, dtype
+        dims.append(int(value.value))
+    return tuple(dims), dtype
+
+
+class FlatGraph:
+    """The nodes of a function whose body is one block of plain bindings."""
+
+    def __init__(self, module: Any, function: Any) -> None:
+        from tvm import relax
+
+        self._constant_type = type(relax.const(0.0, "float32"))
+        self._module = module
+        self.nodes: list[Node] = []
+        self.producer: dict[Expr, Node] = {}
+        self.users: dict[Expr, list[Node]] = {}
+        self._constants: dict[Expr, Array] = {}
+        self._arrays: dict[Expr, Array] = {}
+        for binding in function.body.blocks[0].bindings:
+            self._add(binding)
+        self.results = set(self._variables(function.body.body))
+
+    @staticmethod
+    def refusal(function: Any) -> str:
+        """Why a function can't be flattened; empty if it can."""
+        from tvm import relax
+
+        if not isinstance(function.body, relax.SeqExpr) or len(function.body.blocks) != 1:
+            return "control flow or several blocks"
+        for binding in function.body.blocks[0].bindings:
+            if not isinstance(binding, relax.VarBinding):
+                return "a match_cast"
+            if isinstance(binding.value, (relax.If, relax.Function)):
+                return "control flow"
+        return ""
+
+    def constant(self, expr: Expr) -> Array | None:
+        """The value of a constant expression, else None."""
+        if isinstance(expr, self._constant_type):
+            if expr not in self._arrays:
+                self._arrays[expr] = expr.value.numpy()
+            return self._arrays[expr]
+        return self._constants.get(expr)
+
+    def scalar(self, expr: Expr) -> float | None:
+        """The value of a constant with one element, else None."""
+        value = self.constant(expr)
+        return float(value.reshape(())) if value is not None and value.size == 1 else None
+
+    def escapes(self, node: Node, inside: set[Node]) -> bool:
+        """Whether the node's value is used outside a set of nodes."""
+        return node.var in self.results or any(
+            user not in inside for user in self.users.get(node.var, ())
+        )
+
+    def _variables(self, expr: Expr) -> list[Expr]:
+        from tvm import relax
+
+        found: list[Expr] = []
+
+        def visit(item: Expr) -> None:
+            if isinstance(item, relax.Var):
+                found.append(item)
+
+        relax.analysis.post_order_visit(expr, visit)
+        return found
+
+    def _add(self, binding: Any) -> None:
+        value = binding.value
+        shape, dtype = static_type(binding.var)
+        op, inputs, params = self._match(value)
+        node = Node(len(self.nodes), binding.var, op, inputs, shape, dtype, value, params)
+        self.nodes.append(node)
+        self.producer[binding.var] = node
+        folded = self._fold(node)
+        if folded is not None:
+            self._constants[binding.var] = folded
+            node.op = "constant"
+            return
+        uses = [item for item in node.inputs if self.constant(item) is None]
+        if op in ("opaque", "alias"):
+            uses = self._variables(value)
+        for item in dict.fromkeys(uses):
+            self.users.setdefault(item, []).append(node)
+
+    def _match(self, value: Expr) -> tuple[str, list[Expr], tuple[float, ...]]:
+        from tvm import ir, relax
+
+        if isinstance(value, relax.Var):
+            return "alias", [value], ()
+        if not isinstance(value, relax.Call) or not isinstance(value.op, ir.Op):
+            return "opaque", [], ()
+        name = str(value.op.name).removeprefix("relax.").removeprefix("nn.")
+        if name == "call_tir":
+            return self._match_call_tir(value)
+        args = list(value.args)
+        if name == "clip":
+            return self._match_clip(args)
+        if name == "leakyrelu":
+            return name, args, (float(value.attrs.alpha),)
+        if name == "where":
+            return self._match_where(args)
+        if name == "power" and self.scalar(args[1]) == 2.0:
+            return "square", args[:1], ()
+        if name == "power" and self.scalar(args[1]) == 0.5:
+            return "sqrt", args[:1], ()
+        return name, args, ()
+
+    def _match_clip(self, args: list[Expr]) -> tuple[str, list[Expr], tuple[float, ...]]:
+        bounds = [getattr(bound, "value", None) for bound in args[1:]]
+        if any(not isinstance(bound, (int, float)) for bound in bounds):
+            return "opaque", [], ()
+        return "clip", args[:1], tuple(float(bound) for bound in bounds)
+
+    def _match_where(self, args: list[Expr]) -> tuple[str, list[Expr], tuple[float, ...]]:
+        """where(isnan(x), c, x) is one elementwise operation on x."""
+        producer = self.producer.get(args[0])
+        fill = self.scalar(args[1])
+        if (
+            producer is not None
+            and producer.op == "isnan"
+            and fill is not None
+            and producer.inputs[0].same_as(args[2])
+        ):
+            # The test may have been the value's only other use; it is dead unless used elsewhere.
+            users = self.users.get(args[2], [])
+            if producer in users and not self.users.get(producer.var):
+                users.remove(producer)
+                producer.op = "dead"
+            return "nan_to", [args[2]], (fill,)
+        return "where", args, ()
+
+    def _match_call_tir(self, value: Expr) -> tuple[str, list[Expr], tuple[float, ...]]:
+        """The ONNX importer emits Clip as loops of its own; anything else stays opaque."""
+        import tvm_ffi
+        from tvm import tirx
+
+        inputs = list(value.args[1].fields) if hasattr(value.args[1], "fields") else []
+        name = str(value.args[0].name_hint).rstrip("0123456789_")
+        operations = {"maximum": tirx.Max, "minimum": tirx.Min}
+        if name not in operations or len(inputs) != 2 or len(value.args) != 2:
+            return "opaque", [], ()
+        stores: list[Any] = []
+
+        def visit(store: Any) -> None:
+            stores.append(store.value)
+
+        body = self._module[value.args[0]].body
+        tvm_ffi.structural_walk(body, (tirx.BufferStore, visit), order="post")
+        if len(stores) != 1 or not isinstance(stores[0], operations[name]):
+            return "opaque", [], ()
+        return name, inputs, ()
+
+    def _fold(self, node: Node) -> Array | None:
+        """The node's value if all its inputs are constants and numpy computes the same."""
+        evaluate = _FOLDABLE.get(node.op)
+        if evaluate is None or node.shape is None:
+            return None
+        if node.op == "alias":
+            return self.constant(node.inputs[0])
+        tensors = [item for item in node.inputs if static_type(item)[1]]
+        values = [self.constant(item) for item in tensors]
+        known = [value for value in values if value is not None]
+        if not known or len(known) != len(values):
+            return None
+        result = np.asarray(evaluate(known, node)).astype(node.dtype, copy=False)
+        return result if result.shape == node.shape else None
+
+
+def _permuted(values: Sequence[Array], node: Node) -> Array:
+    axes = node.attrs.axes
+    return values[0].transpose(None if axes is None else [int(axis) for axis in axes])
+
+
+def _reshaped(values: Sequence[Array], node: Node) -> Array:
+    assert node.shape is not None
+    return values[0].reshape(node.shape)
+
+
+_FOLDABLE: dict[str, Callable[[Sequence[Array], Node], Any]] = {
+    "alias": lambda values, node: values[0],
+    "permute_dims": _permuted,
+    "reshape": _reshaped,
+    "expand_dims": _reshaped,
+    "squeeze": _reshaped,
+    "flatten": _reshaped,
+    "isnan": lambda values, node: np.isnan(values[0]),
+    "where": lambda values, node: np.where(values[0], values[1], values[2]),
+    "add": lambda values, node: values[0] + values[1],
+    "subtract": lambda values, node: values[0] - values[1],
+    "multiply": lambda values, node: values[0] * values[1],
+    "less": lambda values, node: values[0] < values[1],
+    "sqrt": lambda values, node: np.sqrt(values[0]),
+    "astype": lambda values, node: values[0].astype(node.dtype),
+}
