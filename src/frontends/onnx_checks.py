@@ -17,6 +17,9 @@ import onnx_ir as ir
 from ..errors import InvalidGraphError, ModelFileError
 
 _EXPORT_AGAIN = "export the model again"
+_Scope = tuple[set[str], set[str]]
+"""All names of a graph, and those of them that are defined before the node at hand."""
+
 _FIELD_OF_TYPE: dict[ir.DataType, str] = {
     ir.DataType.FLOAT: "float_data",
     ir.DataType.COMPLEX64: "float_data",
@@ -61,7 +64,7 @@ def tensor_bytes(dtype: ir.DataType, dims: Iterable[int]) -> int:
 # --- structure -------------------------------------------------------------------------------
 
 
-def _check_graph(graph: onnx.GraphProto, outer: list[set[str]]) -> bool:
+def _check_graph(graph: onnx.GraphProto, outer: list[_Scope]) -> bool:
     where = f"graph {graph.name!r}"
     names: set[str] = set()
     for info in graph.input:
@@ -84,7 +87,7 @@ def _check_graph(graph: onnx.GraphProto, outer: list[set[str]]) -> bool:
     return needs_sort
 
 
-def _check_nodes(nodes: Any, names: set[str], outer: list[set[str]], where: str) -> bool:
+def _check_nodes(nodes: Any, names: set[str], outer: list[_Scope], where: str) -> bool:
     """Check the nodes of one graph or function; adds what they produce to `names`."""
     produced: set[str] = set()
     for node in nodes:
@@ -94,20 +97,21 @@ def _check_nodes(nodes: Any, names: set[str], outer: list[set[str]], where: str)
             produced.add(name)
     ready = set(names)
     names |= produced
-    scopes = [*outer, names]
+    scopes = [*outer, (names, ready)]
     needs_sort = False
     for node in nodes:
         for name in node.input:
             if not name or name in ready:
                 continue
-            if name not in names and not any(name in scope for scope in outer):
+            scope = next((s for s in reversed(scopes) if name in s[0]), None)
+            if scope is None:
                 raise InvalidGraphError(
                     f"Nothing produces the value {name!r}",
                     where=f"an input of {_describe(node)} in {where}",
                     why="it is neither a graph input, nor an initializer, nor a node's output",
                     fix=_EXPORT_AGAIN,
                 )
-            needs_sort |= name in names
+            needs_sort |= name not in scope[1]
         for attribute in node.attribute:
             needs_sort |= _check_attribute(attribute, node, scopes)
         ready.update(node.output)
@@ -117,7 +121,7 @@ def _check_nodes(nodes: Any, names: set[str], outer: list[set[str]], where: str)
 
 
 def _check_attribute(
-    attribute: onnx.AttributeProto, node: onnx.NodeProto, scopes: list[set[str]]
+    attribute: onnx.AttributeProto, node: onnx.NodeProto, scopes: list[_Scope]
 ) -> bool:
     needs_sort = False
     if attribute.type == onnx.AttributeProto.TENSOR:
@@ -212,13 +216,14 @@ def check_tensor_proto(tensor: onnx.TensorProto, where: str) -> None:
     if tensor.HasField("segment"):
         raise _bad_tensor(where, "it is stored in segments, which no known runtime reads")
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        if dtype == ir.DataType.STRING:
+            raise _bad_tensor(where, "strings can't be stored as external data")
         _check_external_entry(tensor, where)
         return
-    expected = tensor_bytes(dtype, tensor.dims)
     if tensor.HasField("raw_data"):
-        stored = len(tensor.raw_data)
         if dtype == ir.DataType.STRING:
             raise _bad_tensor(where, "strings can't be stored as raw bytes")
+        stored, expected = len(tensor.raw_data), tensor_bytes(dtype, tensor.dims)
         if stored != expected:
             raise _bad_tensor(
                 where,
@@ -247,7 +252,7 @@ def _check_typed_data(tensor: onnx.TensorProto, dtype: ir.DataType, where: str) 
     expected = {count}
     if dtype in (ir.DataType.COMPLEX64, ir.DataType.COMPLEX128):
         expected = {2 * count}
-    elif dtype.bitwidth in (2, 4):
+    elif dtype != ir.DataType.STRING and dtype.bitwidth in (2, 4):
         expected = {tensor_bytes(dtype, tensor.dims)}
     if stored and stored not in expected:
         raise _bad_tensor(
