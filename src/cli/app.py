@@ -1,0 +1,51 @@
+"""The typer application: every command registered, and options that all of them share.
+
+Not here: what the commands do (`build`, `look`).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from . import build, look
+
+app = typer.Typer(
+    name="edgepass",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Make a model fit a device: estimate, compile, run, and see what was done.",
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        import importlib.metadata
+
+        typer.echo(f"edgepass {importlib.metadata.version('edgepass')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+for command in (
+    build.compile_,
+    build.estimate,
+    build.run,
+    look.targets,
+    look.passes,
+    look.show,
+    look.explain,
+    look.bisect,
+):
+    app.command(command.__name__.rstrip("_"))(command)
