@@ -1,5 +1,5 @@
 # ruff: noqa: E501 - the table of cases reads better one a line
-"""Opset conversion: every standard operator's change from opset 7 on, against ONNX Runtime."""
+"""Opset conversion: every standard operator's change from opset 6 on, against ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from edgepass.errors import InvalidGraphError, UnsupportedOpError, UsageError
+from edgepass.frontends import load_model
 from edgepass.frontends.opset import _history, to_supported_opset
 from edgepass.frontends.opset_adapters import ADAPTERS, NEWEST_CONVERTIBLE, WIDENED
 from edgepass.ir.graph import AbsentTensor, all_nodes, opset_of
@@ -184,7 +185,7 @@ def test_every_change_of_every_operator_is_accounted_for() -> None:
         (op, version)
         for op, versions in _history().items()
         for version in versions[1:]
-        if 7 < version <= NEWEST_CONVERTIBLE
+        if 6 < version <= NEWEST_CONVERTIBLE
     }
     widened = {(op, version) for op, versions in WIDENED.items() for version in versions}
     assert not widened & set(ADAPTERS)
@@ -248,7 +249,7 @@ def test_refusals_name_the_node(opset: int, text: str, named: str) -> None:
 
 def test_opsets_out_of_range() -> None:
     identity = "g(float[2] x) => (float[2] y) { y = Identity(x) }"
-    for opset in (6, 99):
+    for opset in (5, 99):
         with pytest.raises(UnsupportedOpError, match=f"of opset {opset}"):
             convert(model(opset, identity))
     with pytest.raises(UsageError):
@@ -357,3 +358,51 @@ def test_real_models(path: Path) -> None:
         feeds["sr"] = np.array(16000)
     for before, after in zip(run(proto, feeds), run(converted, feeds), strict=True):
         np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-5)
+
+
+def test_broadcasting_of_opset_6() -> None:
+    for text, expected in (
+        ("g(float[2,3,4] x, float[3] b) => (float[2,3,4] y) { y = Add<broadcast=1,axis=1>(x,b) }",
+         lambda x, b: x + b[:, None]),
+        ("g(float[2,3,4] x, float[3,4] b) => (float[2,3,4] y) { y = Mul<broadcast=1>(x,b) }",
+         lambda x, b: x * b),
+        ("g(float[2,3,4] x, float[2,3] b) => (float[2,3,4] y) { y = Sub<broadcast=1,axis=-3>(x,b) }",
+         lambda x, b: x - b[..., None]),
+        ("g(float[2,3,4] x, float[3] b) => (float[2,3,4] y) { y = PRelu(x,b) }",
+         lambda x, b: np.where(x < 0, x * b[:, None], x)),
+        ("g(float[1,1,2,2] x) => (float[1,1,4,6] y)"
+         " { y = Upsample<height_scale=2.0,width_scale=3.0>(x) }",
+         lambda x: x.repeat(2, 2).repeat(3, 3)),
+    ):  # fmt: skip
+        proto = model(6, text)
+        converted, _ = convert(proto)
+        feeds = feeds_of(proto)
+        np.testing.assert_allclose(run(converted, feeds)[0], expected(*feeds.values()), rtol=1e-6)
+
+
+STORED = [
+    path.parent
+    for path in sorted(
+        (Path(onnx.__file__).parent / "backend/test/data").glob("pytorch-*/*/model.onnx")
+    )
+]
+
+
+@pytest.mark.parametrize("folder", STORED, ids=[folder.name for folder in STORED])
+def test_stored_models_of_the_onnx_backend_suite(folder: Path) -> None:
+    proto = onnx.load(folder / "model.onnx")
+    data = folder / "test_data_set_0"
+    arrays = {
+        kind: [
+            onnx.numpy_helper.to_array(onnx.load_tensor(data / f"{kind}_{i}.pb"))
+            for i in range(len(list(data.glob(f"{kind}_*.pb"))))
+        ]
+        for kind in ("input", "output")
+    }
+    graph = load_model(proto)
+    to_supported_opset(graph)
+    names = [value.name for value in graph.graph.inputs]
+    results = run(ir.to_proto(graph), dict(zip(names, arrays["input"], strict=True)))
+    for result, expected in zip(results, arrays["output"], strict=True):
+        assert result.dtype == expected.dtype
+        np.testing.assert_allclose(result, expected, rtol=1e-3, atol=1e-5)

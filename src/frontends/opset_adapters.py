@@ -1,4 +1,4 @@
-"""What changed in the standard operators from opset 7 to 21, an adapter for each real change.
+"""What changed in the standard operators from opset 6 to 21, an adapter for each real change.
 
 Here: the table of changes that only widened an operator, the adapters that rewrite a node in
 place where its meaning or signature changed, and the little editor they write with.
@@ -34,7 +34,7 @@ WIDENED: dict[str, tuple[int, ...]] = {
     # Versions that added types, allowed negative axes or made an input optional: a node of the
     # version before means the same after. Checked against `onnx.defs` by a test.
     "Abs": (13,), "Add": (13, 14), "ArgMax": (11, 12, 13), "ArgMin": (11, 12, 13),
-    "AveragePool": (10, 11, 19), "BatchNormalization": (15,), "Cast": (9, 13, 19, 21),
+    "AveragePool": (7, 10, 11, 19), "BatchNormalization": (15,), "Cast": (9, 13, 19, 21),
     "CastLike": (19, 21), "Ceil": (13,), "Clip": (12, 13), "Compress": (11,), "Concat": (11, 13),
     "Constant": (9, 11, 12, 13, 19, 21), "ConstantOfShape": (20, 21), "Conv": (11,),
     "ConvTranspose": (11,), "CumSum": (14,), "DepthToSpace": (11, 13),
@@ -285,6 +285,56 @@ def _dft(edit: NodeEditor, node: ir.Node) -> None:
     set_inputs(node, [node.inputs[0], length, axis])
 
 
+# --- broadcasting before opset 7 --------------------------------------------------------------
+
+
+def _explicit_broadcast(edit: NodeEditor, node: ir.Node) -> None:
+    """Before opset 7 `axis` said where the second shape sits in the first one.
+
+    Add(x[N,C,H,W], b[C], broadcast=1, axis=1)   ->   Add(x, Unsqueeze(b, [1, 2]))
+    """
+    broadcast, axis = edit.take(node, "broadcast", 0), edit.take(node, "axis")
+    if broadcast and axis is not None:
+        first, second = edit.shape(node.inputs[0]), edit.shape(node.inputs[1])
+        if first is None or second is None:
+            edit.refuse(node, "its `axis` needs the ranks of both inputs, which aren't known")
+        axis = axis + len(first) if axis < 0 else axis
+        _append_dimensions(edit, node, len(second), len(first) - axis - len(second))
+
+
+def _channel_slope(edit: NodeEditor, node: ir.Node) -> None:
+    data, slope = edit.shape(node.inputs[0]), edit.shape(node.inputs[1])
+    if data is None or slope is None:
+        edit.refuse(node, "whether its slope is per channel isn't known")
+    if len(slope) == 1 and slope[0] != 1:
+        _append_dimensions(edit, node, 1, len(data) - 2)
+
+
+def _append_dimensions(edit: NodeEditor, node: ir.Node, rank: int, count: int) -> None:
+    """Give the second input, of the given rank, `count` dimensions of 1 at its end."""
+    if count > 0:
+        axes = edit.ints(node, f"{node.outputs[0].name}_axes", range(rank, rank + count))
+        node.replace_input_with(1, edit.before(node, "Unsqueeze", [node.inputs[1], axes]))
+
+
+def _gemm_broadcast(edit: NodeEditor, node: ir.Node) -> None:
+    edit.take(node, "broadcast")
+
+
+def _inference_only(edit: NodeEditor, node: ir.Node) -> None:
+    if not edit.take(node, "is_test", 0):
+        edit.refuse(node, "it is in training mode (is_test=0)")
+
+
+def _recurrent_outputs(edit: NodeEditor, node: ir.Node) -> None:
+    edit.take(node, "output_sequence")  # said which outputs are given; their presence says it now
+
+
+def _upsample_height_width(edit: NodeEditor, node: ir.Node) -> None:
+    scales = [1.0, 1.0, edit.take(node, "height_scale", 1.0), edit.take(node, "width_scale", 1.0)]
+    node.attributes.add(ir.AttrFloat32s("scales", scales))
+
+
 # --- meanings that changed -------------------------------------------------------------------
 
 
@@ -456,7 +506,18 @@ def _group_norm(edit: NodeEditor, node: ir.Node) -> None:
     set_inputs(node, inputs)
 
 
+_BROADCASTING = ("Add", "And", "Div", "Equal", "Greater", "Less", "Mul", "Or", "Pow", "Sub", "Xor")
+
 ADAPTERS: dict[tuple[str, int], Callable[[NodeEditor, ir.Node], None]] = {
+    **{(op, 7): _explicit_broadcast for op in _BROADCASTING},
+    ("BatchNormalization", 7): _inference_only,
+    ("Dropout", 7): _inference_only,
+    ("GRU", 7): _recurrent_outputs,
+    ("Gemm", 7): _gemm_broadcast,
+    ("LSTM", 7): _recurrent_outputs,
+    ("PRelu", 7): _channel_slope,
+    ("RNN", 7): _recurrent_outputs,
+    ("Upsample", 7): _upsample_height_width,
     ("BatchNormalization", 9): _batch_norm_spatial,
     ("BatchNormalization", 14): _batch_norm_outputs,
     ("Clip", 11): _clip,
