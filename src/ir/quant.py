@@ -70,13 +70,14 @@ class QuantSpec:
 
     A floating `dtype` (a half-precision plan) has no scale and no zero point. `symmetric` fixes
     the zero point at the middle of the range. `zero_points`: whether they are written; 32-bit
-    biases have none.
+    biases and 4-bit weights have none. `padded`: the last block is stored in full.
     """
 
     dtype: ir.DataType
     symmetric: bool = True
     granularity: Granularity = PerTensor()
     zero_points: bool = True
+    padded: bool = False
 
     @property
     def is_integer(self) -> bool:
@@ -133,6 +134,10 @@ def spec_bytes(spec: QuantSpec, shape: tuple[int, ...]) -> int:
 
     Sub-byte elements are packed, each tensor rounded up to a byte.
     """
+    if spec.padded and isinstance(spec.granularity, PerBlock):
+        size, axis = spec.granularity.size, spec.granularity.axis
+        length = -(-shape[axis] // size) * size
+        shape = (*shape[:axis], length, *shape[axis + 1 :])
     data = _packed(math.prod(shape), spec.dtype)
     return data + parameter_bytes(spec, shape)
 

@@ -134,7 +134,7 @@ def _peak(array: np.ndarray, spec: QuantSpec) -> np.ndarray:
         case _:
             low, high = array.min(initial=0.0), array.max(initial=0.0)
     peak: np.ndarray = np.maximum(-np.asarray(low, np.float64), np.asarray(high, np.float64))
-    return np.maximum(peak, 0.0)
+    return peak
 
 
 def _spread(parameters: np.ndarray, shape: tuple[int, ...], spec: QuantSpec) -> np.ndarray:

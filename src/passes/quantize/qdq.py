@@ -27,6 +27,9 @@ from .numbers import (
 )
 from .plan import Activation, Int8Layout, Weighted
 
+Stored = tuple[ir.Value, ir.Value, ir.Value | None]
+"""The values of a constant's integers, scales and zero points."""
+
 
 def write_qdq(
     model: ir.Model, layout: Int8Layout, ranges: Mapping[str, Range] | None = None
@@ -56,7 +59,7 @@ class _Writer:
         self.absent = ranges is None
         self.weight_affines = {} if self.absent else self._weight_affines()
         self.readers = self._readers()
-        self.stored: dict[tuple[ir.Value, QuantSpec], tuple[ir.Value, ir.Value, ir.Value]] = {}
+        self.stored: dict[tuple[ir.Value, QuantSpec], Stored] = {}
 
     # --- numbers -------------------------------------------------------------------------------
 
@@ -197,10 +200,8 @@ class _Writer:
         zero_point = self.editor.initializer(
             anchor, f"{base}/zero_point", absent(dtype, ()) if affine is None else affine.zero_point
         )
-        quantized = _node("QuantizeLinear", [value, scale, zero_point], f"{base}/quantize")
-        result = _node(
-            "DequantizeLinear", [quantized.outputs[0], scale, zero_point], f"{base}/dequantize"
-        )
+        quantized = _node("QuantizeLinear", [value, scale, zero_point])
+        result = _node("DequantizeLinear", [quantized.outputs[0], scale, zero_point])
         _annotate(quantized, f"{base}/quantized", dtype, value)
         _annotate(result, f"{base}/dequantized", ir.DataType.FLOAT, value)
         if anchor is maker:
@@ -210,7 +211,7 @@ class _Writer:
             self.editor.insert_before(anchor, quantized)
             self.editor.insert_before(anchor, result)
         for node in (quantized, result):
-            node.outputs[0].name = fresh_name(self.graph, node.outputs[0].name or "")
+            _name(node, self.graph, node.outputs[0].name or "")
         for user, index in users:
             user.replace_input_with(index, result.outputs[0])
         if item.everywhere and value.is_graph_output():
@@ -230,7 +231,7 @@ class _Writer:
 
 def store(
     editor: Editor, anchor: ir.Node, value: ir.Value, spec: QuantSpec, affine: Affine | None
-) -> tuple[ir.Value, ir.Value, ir.Value]:
+) -> Stored:
     """Initializers for a constant's integers, scales and zero points; absent without `affine`."""
     tensor = constant_tensor(value)
     assert tensor is not None
@@ -250,7 +251,7 @@ def store(
     return (
         editor.initializer(anchor, f"{base}/{suffix}", integers),
         editor.initializer(anchor, f"{base}/scale", scale),
-        editor.initializer(anchor, f"{base}/zero_point", zero_point),
+        editor.initializer(anchor, f"{base}/zero_point", zero_point) if spec.zero_points else None,
     )
 
 
@@ -258,7 +259,7 @@ def dequantize(
     editor: Editor,
     node: ir.Node,
     index: int,
-    stored: tuple[ir.Value, ir.Value, ir.Value | None],
+    stored: Stored,
     spec: QuantSpec,
 ) -> None:
     """Put a DequantizeLinear of stored integers in front of a node's input."""
@@ -271,12 +272,12 @@ def dequantize(
         case PerBlock(size, axis):
             attributes.update(axis=axis, block_size=size)
     base = (integers.name or "weight").rpartition("/")[0]
-    result = _node("DequantizeLinear", inputs, f"{base}/dequantize", **attributes)
+    result = _node("DequantizeLinear", inputs, **attributes)
     _annotate(result, None, ir.DataType.FLOAT, integers)
     editor.insert_before(node, result)
     graph = node.graph
     assert isinstance(graph, ir.Graph)
-    result.outputs[0].name = fresh_name(graph, f"{base}/dequantized")
+    _name(result, graph, f"{base}/dequantized")
     node.replace_input_with(index, result.outputs[0])
 
 
@@ -312,15 +313,19 @@ def _array(value: ir.Value) -> np.ndarray:
     return array
 
 
-def _node(op_type: str, inputs: list[ir.Value], name: str, **attributes: int) -> ir.Node:
+def _node(op_type: str, inputs: list[ir.Value], **attributes: int) -> ir.Node:
     return ir.Node(
         "",
         op_type,
         inputs,
         ir.convenience.convert_attributes(attributes),
         num_outputs=1,
-        name=name,
     )
+
+
+def _name(node: ir.Node, graph: ir.Graph, base: str) -> None:
+    """A fresh name for the output, and the node's after it: ONNX Runtime wants both unique."""
+    node.outputs[0].name = node.name = fresh_name(graph, base)
 
 
 def _annotate(node: ir.Node, name: str | None, dtype: ir.DataType, like: ir.Value) -> None:

@@ -20,6 +20,7 @@ from .notes import refusal_notes
 from .plan import DEFAULT_OPS, Int8Layout, PlanOptions, lay_out
 from .qdq import write_qdq
 from .scheme import AUTO, check_scheme_name, for_opset, resolve_scheme
+from .tables import lookup_tables, write_tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,8 @@ class StaticInt8(Pass):
     `scheme`: dtypes of activations and weights, "u8s8" or "s8s8"; "auto" is what the target
     prefers. `per_channel`: a scale for each output channel of a weight. `observer`: how ranges are
     made of calibration values. `exclude`: names of nodes or operator types to keep float. `ops`:
-    operators that may run in integers. `attention`: also MatMuls of two activations.
+    operators that may run in integers. `attention`: also MatMuls of two activations (measured on
+    MiniLM: no faster). Embedding tables are stored in 8 bits unless "Gather" is excluded.
     """
 
     name = "int8"
@@ -62,7 +64,9 @@ class StaticInt8(Pass):
 
     def plan(self, model: ir.Model, context: Context) -> QuantPlan:
         """What the pass would make of each value. Weights may be absent; nothing changes."""
-        return self._layout(model, context.target)[0].plan
+        layout, _ = self._layout(model, context.target)
+        tables = {t.value.name or "": t.spec for t in lookup_tables(model, self.exclude)}
+        return dataclasses.replace(layout.plan, entries={**layout.plan.entries, **tables})
 
     def preview(self, model: ir.Model, context: Context) -> PassResult:
         """The model with pairs whose numbers are absent, in place: exact in structure and size.
@@ -72,7 +76,9 @@ class StaticInt8(Pass):
         layout, notes = self._layout(model, context.target)
         if layout.nodes:
             write_qdq(model, layout)
-        return PassResult(model, bool(layout.nodes), (*notes, *_notes(layout)))
+        tables = self._write_tables(model)
+        modified = bool(layout.nodes or tables)
+        return PassResult(model, modified, (*notes, *_notes(layout), *tables))
 
     def run(self, model: ir.Model, context: Context) -> PassResult:
         """See `Pass.run`.
@@ -84,12 +90,18 @@ class StaticInt8(Pass):
         layout, notes = self._layout(model, context.target)
         notes = (*notes, *_notes(layout))
         if not layout.nodes:
-            return PassResult(model, False, notes)
+            tables = self._write_tables(model)
+            return PassResult(model, bool(tables), (*notes, *tables))
         ranges = observe(model, layout.sources, context.calibration, context.progress)
         write_qdq(model, layout, ranges)
-        samples = context.calibration
-        count = 0 if samples is None else len(samples)
+        notes += self._write_tables(model)
+        count = len(context.calibration or ())
         return PassResult(model, True, (*notes, f"calibrated on {count} samples, {self.observer}"))
+
+    def _write_tables(self, model: ir.Model) -> tuple[str, ...]:
+        tables = list(lookup_tables(model, self.exclude))
+        write_tables(model, tables)
+        return (f"{len(tables)} lookup tables stored in 8 bits",) if tables else ()
 
     def _layout(self, model: ir.Model, target: Target | None) -> tuple[Int8Layout, tuple[str, ...]]:
         scheme, notes = for_opset(resolve_scheme(self.scheme, target), model)
