@@ -20,6 +20,7 @@ from edgepass.ir.graph import AbsentTensor
 from edgepass.targets.feed import check_feed, input_specs
 from edgepass.targets.onnx_file import serialize, write_onnx
 from edgepass.targets.onnxruntime import OrtRunner, emit
+from edgepass.targets.ort_file import canonicalize
 from edgepass.targets.ort_support import highest_opset, kernel_support, ort_supports
 from edgepass.targets.target import Hardware, Target
 
@@ -234,12 +235,19 @@ def test_emitted_files_are_byte_reproducible_and_run(tmp_path: Path):
         (tmp_path / name).mkdir()
         files = emit(model, TARGET, tmp_path / name, ("onnx", "ort"))
         assert [file.name for file in files] == ["model.onnx", "model.ort"]
-        contents.append(files[0].read_bytes())
+        contents.append([file.read_bytes() for file in files])
         for file in files:
             np.testing.assert_allclose(
                 OrtRunner(file).run({"x": sample()})["y"], reference, rtol=1e-5, atol=1e-6
             )
     assert contents[0] == contents[1]
+
+
+def test_ort_files_are_equal_over_many_writes(tmp_path: Path):
+    """ONNX Runtime itself writes one of its tables in hash-map order."""
+    contents = {emit(dense(), TARGET, tmp_path, ("ort",))[0].read_bytes() for _ in range(8)}
+    assert len(contents) == 1
+    assert canonicalize(b"not an ort file") == b"not an ort file"
 
 
 def test_emit_puts_big_weights_beside_the_model(tmp_path: Path):
@@ -282,3 +290,25 @@ def test_an_ort_file_has_no_layout_of_the_host(tmp_path: Path):
     host = {node.domain for node in ir.load(tmp_path / "host.onnx").graph}
     if "com.microsoft.nchwc" not in host:
         pytest.skip("this host has no blocked layout to leave out")
+
+
+def test_the_operator_table_of_an_ort_file_is_whole(tmp_path: Path):
+    """Read with the flatbuffer bindings that come with ONNX Runtime."""
+    fbs = pytest.importorskip(
+        "onnxruntime.tools.ort_format_model.ort_flatbuffers_py.fbs.InferenceSession"
+    )
+    (file,) = emit(dense(), TARGET, tmp_path, ("ort",))
+    resolver = fbs.InferenceSession.GetRootAs(file.read_bytes(), 0).KernelTypeStrResolver()
+    table = {}
+    for i in range(resolver.OpKernelTypeStrArgsLength()):
+        entry = resolver.OpKernelTypeStrArgs(i)
+        items = [entry.KernelTypeStrArgs(j) for j in range(entry.KernelTypeStrArgsLength())]
+        table[entry.OpId()] = {
+            item.KernelTypeStr(): [
+                (item.Args(k).ArgType(), item.Args(k).Index()) for k in range(item.ArgsLength())
+            ]
+            for item in items
+        }
+    assert list(table) == sorted(table)
+    matmul = next(value for key, value in table.items() if key.endswith(b"MatMul:13"))
+    assert matmul == {b"T": [(0, 0), (0, 1), (1, 0)]}

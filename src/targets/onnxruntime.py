@@ -27,6 +27,7 @@ from ..errors import (
 from ..ir.graph import all_nodes, describe_node
 from .feed import TensorSpec, check_feed, dtype_name, input_specs, output_specs
 from .onnx_file import INLINE_LIMIT, leaves_message, serialize, weight_bytes, write_onnx
+from .ort_file import canonicalize
 from .ort_support import highest_opset, kernel_support, ort_supports, runs_in_float32
 from .target import Target
 
@@ -403,5 +404,6 @@ def _emit_ort(model: ir.Model, entries: Mapping[str, str], path: Path) -> Path:
     options.optimized_model_filepath = str(path)
     options.add_session_config_entry("session.save_model_format", "ORT")
     create_session(serialize(model), options, model, disabled_optimizers=_PORTABLE)
+    path.write_bytes(canonicalize(path.read_bytes()))
     OrtRunner(path, session_options=entries).close()
     return path
