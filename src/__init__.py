@@ -13,7 +13,11 @@ Every name below is imported when first used, so that `import edgepass` stays fa
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
+
+# ONNX Runtime's wheel reports usage unless told not to before it is imported; edgepass does not.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from .api import bisect as bisect

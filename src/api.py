@@ -1,7 +1,7 @@
 """The calls a user makes: `compile`, `estimate`, `bisect`. Import -> pipeline -> lower.
 
-Here: putting the parts in order. Not here: what a recipe means (`pipelines`), the result (`compiled`),
-the folder on disk (`artifact`).
+Here: putting the parts in order. Not here: what a recipe means (`pipelines`), the result
+(`compiled`), the folder on disk (`artifact`).
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from .compiled import Compiled
 from .cost.report import CostReport, Estimate, cost_report
 from .errors import EdgepassError, UnsupportedOpError, UsageError
 from .frontends import load_model, load_notes, to_supported_opset
-from .passes.base import Context, Pass
+from .ir.sizing import dim_name
+from .passes.base import Context, Feed, Pass
 from .passes.bisect import BisectResult, bisect_passes
 from .passes.driver import run_passes, sort_by_stage
 from .passes.ledger import Ledger
-from .passes.probe import Probe, default_dims, sample_inputs
+from .passes.probe import Probe, default_dims, working_sample
 from .passes.spec import format_passes
 from .pipelines import epilogue, parse_recipe, prelude
 from .samples import as_feeds
@@ -81,8 +82,7 @@ def compile(  # noqa: A001 - the name users look for
     notes = load_notes(graph)
     chosen = sort_by_stage([*prelude(), *parse_recipe(recipe), *passes, *epilogue()])
     feeds = None if calibration is None else as_feeds(calibration, input_specs(graph))
-    sizes = default_dims(graph, dims)
-    feed = feeds[0] if feeds else sample_inputs(graph, dims=dims)
+    feed, sizes = _sample(graph, feeds, dims)
     context = Context(device, feeds, sizes, progress or _silent)
     original = graph.clone() if time_budget_s > 0 and _runs_here(device) else None
     probe = Probe(feed) if check_numerics else None
@@ -185,12 +185,11 @@ def bisect(
     """
     graph = _load(model, example_inputs, None, input_shapes, weights_required=True)
     feeds = None if calibration is None else as_feeds(calibration, input_specs(graph))
-    if feed is None:
-        feed = feeds[0] if feeds else sample_inputs(graph, dims=dims)
+    sample, sizes = _sample(graph, [feed] if feed is not None else feeds, dims)
     chosen = [*prelude(), *parse_recipe(recipe), *passes, *epilogue()]
-    context = Context(get_target(target), feeds, default_dims(graph, dims))
+    context = Context(get_target(target), feeds, sizes)
     folder = None if out is None else Path(out)
-    return bisect_passes(graph, chosen, context, feed, tolerance=tolerance, out=folder)
+    return bisect_passes(graph, chosen, context, sample, tolerance=tolerance, out=folder)
 
 
 # --- parts of compile --------------------------------------------------------------------------
@@ -215,6 +214,21 @@ def _load(
     if notes:
         graph.meta["edgepass.load_notes"] = [*load_notes(graph), *notes]
     return graph
+
+
+def _sample(
+    graph: ir.Model, feeds: Sequence[Feed] | None, dims: Mapping[str, int] | None
+) -> tuple[Feed, dict[str, int]]:
+    """A feed to check numerics on, and the sizes of its symbolic dimensions."""
+    if not feeds:
+        return working_sample(graph, dims)
+    sizes: dict[str, int] = {}
+    for value in graph.graph.inputs:
+        if value.name in feeds[0] and value.shape is not None:
+            for axis, size in enumerate(feeds[0][value.name].shape):
+                if not isinstance(value.shape.dims[axis], int):
+                    sizes.setdefault(dim_name(value, axis), size)
+    return feeds[0], {**sizes, **(dims or {})}
 
 
 def _silent(done: int, total: int, what: str) -> None:

@@ -1,7 +1,7 @@
 """Recipes: what text like `int8` or `cleanup,my_pass{x=1},int8` stands for.
 
-Here: the named groups and recipes, and turning text into passes. The only module that knows both passes
-and targets by name. Not here: running them (`passes.driver`), the text form of one pass
+Here: the named groups and recipes, and turning text into passes. The only module that knows all
+passes by name. Not here: running them (`passes.driver`), the text form of one pass
 (`passes.spec`).
 """
 

@@ -52,7 +52,7 @@ def compare(
     budget_s: float = 1.0,
     what: str = "compiled",
 ) -> Speed:
-    """Run both in turns for about `budget_s` seconds (at least 3 pairs), after a warm-up of each."""
+    """Run both in turns for about `budget_s` seconds, at least 3 pairs, after a warm-up."""
     for call in (original, candidate):
         call()
     pairs: list[tuple[float, float]] = []

@@ -123,6 +123,8 @@ class Editor:
         self._tell_changed(node)
         if before is not None and (producer := before.producer()) is not None:
             self._tell_changed(producer)
+        elif before is not None:
+            _drop_if_unused(before)
 
     def set_attribute(self, node: ir.Node, name: str, value: Any) -> None:
         """Set an attribute to a plain Python value; None removes it."""
@@ -161,8 +163,11 @@ class Editor:
         if graph is None:
             return
         self.modified = True
-        producers = [p for v in node.inputs if v is not None and (p := v.producer()) is not None]
+        inputs = [v for v in node.inputs if v is not None]
+        producers = [p for v in inputs if (p := v.producer()) is not None]
         graph.remove(node, safe=True)
+        for value in inputs:
+            _drop_if_unused(value)
         for listener in self._listeners:
             listener.erased(node)
         for producer in producers:
@@ -292,6 +297,20 @@ def _inherit_node(source: ir.Node | None, node: ir.Node) -> None:
         node.metadata_props.setdefault(key, item)
     for key, item in source.meta.items():
         node.meta.setdefault(key, item)
+
+
+def _drop_if_unused(value: ir.Value) -> None:
+    """Unregister an initializer that nothing uses any more and that is no part of the interface."""
+    graph = value.graph
+    if (
+        value.is_initializer()
+        and graph is not None
+        and not value.uses()
+        and not value.is_graph_input()
+        and not value.is_graph_output()
+        and value.name in graph.initializers
+    ):
+        del graph.initializers[value.name]
 
 
 def inherit_metadata(sources: Iterable[ir.Node], nodes: Iterable[ir.Node]) -> None:

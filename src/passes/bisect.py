@@ -6,6 +6,7 @@ nodes that the guilty result needs. Not here: judging accuracy on real data.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -89,10 +90,8 @@ def bisect_passes(
             raise _FoundError(str(item))
         snapshots[0] = changed.clone()
 
-    try:
+    with contextlib.suppress(_FoundError):
         run_passes(model.clone(), passes, context, after_pass=watch)
-    except _FoundError:
-        pass
     if not guilty:
         return BisectResult(None, tuple(errors), tolerance)
     if out is None:

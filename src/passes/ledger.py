@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from ..ir.graph import graphs, node_count
 from ..ir.ops import graph_cost
+from ..ir.sizing import is_dynamic, static_twin
 from .probe import NumericError
 
 
@@ -30,7 +31,10 @@ class Measure:
 
 
 def measure(model: ir.Model, dims: Mapping[str, int] | None = None) -> Measure:
-    """Count nodes, stored bytes and MACs, symbolic dimensions at the sizes in `dims`."""
+    """Count nodes, stored bytes and MACs, symbolic dimensions at the sizes in `dims`.
+
+    Where shapes do not follow from the input's symbols, they are inferred anew at those sizes.
+    """
     stored = 0
     for graph in graphs(model):
         for value in graph.initializers.values():
@@ -41,7 +45,11 @@ def measure(model: ir.Model, dims: Mapping[str, int] | None = None) -> Measure:
                 for attribute in node.attributes.values():
                     if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
                         stored += attribute.as_tensor().nbytes
-    return Measure(node_count(model), stored, graph_cost(model.graph, dims, model.functions).macs)
+    macs = graph_cost(model.graph, dims, model.functions).macs
+    if macs is None and dims and is_dynamic(model):
+        twin = static_twin(model, dims)
+        macs = graph_cost(twin.graph, dims, twin.functions).macs
+    return Measure(node_count(model), stored, macs)
 
 
 @dataclasses.dataclass(frozen=True)

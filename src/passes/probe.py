@@ -12,7 +12,9 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import onnx_ir as ir
 
-from ..ir.graph import is_onnx_op, static_shape
+from ..errors import EdgepassError
+from ..ir.graph import constant_scalar, is_onnx_op, static_shape
+from ..ir.sizing import dim_name
 from .base import Feed
 
 _BATCH_NAMES = ("batch", "n", "b", "bs")
@@ -23,50 +25,84 @@ def sample_inputs(
 ) -> dict[str, np.ndarray]:
     """Random inputs that fit the model's signature; the same for the same seed.
 
-    Floats are standard normal; integers lie within the table they index, where one is found, else
-    in {0, 1}; strings are 'a'. A symbolic dimension takes its value from `dims`, else 1 for a
-    batch (by name or position) and 32 otherwise; the same name gets the same value everywhere.
+    Floats are standard normal. Integers lie within the table they index, where one is found; a
+    scalar that the model compares with a constant is that constant; others are 0 or 1. Strings
+    are 'a'. A symbolic dimension takes its value from `dims`, else 1 for a batch (by name
+    or position) and 32 otherwise; the same name gets the same value everywhere. A dimension
+    without a name is called `<input>_d<axis>`.
     """
-    generator = np.random.default_rng(seed)
+    return _inputs_of_size(model, seed, dict(dims or {}), _SIZES[0])
+
+
+def working_sample(
+    model: ir.Model, dims: Mapping[str, int] | None = None
+) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """Inputs that the model really runs on, if any of a few sizes does, and the sizes they have.
+
+    Many models refuse a size (a padding wider than the signal, a stride that does not divide):
+    32, 64, 224 and 512 are tried for dimensions that `dims` does not give.
+    """
+    from ..targets.onnxruntime import OrtRunner
+
+    first = None
+    try:
+        runner = OrtRunner(model, optimize=False, threads=1)
+    except EdgepassError:
+        return sample_inputs(model, dims=dims), default_dims(model, dims)
+    with runner:
+        for size in _SIZES:
+            bindings = dict(dims or {})
+            feed = _inputs_of_size(model, 0, bindings, size)
+            first = first or (feed, bindings)
+            try:
+                runner.run(feed)
+            except EdgepassError:
+                if len(bindings) == len(dims or {}):
+                    break  # no dimension was free: another size is the same feed
+                continue
+            return feed, bindings
+    assert first is not None
+    return first
+
+
+def default_dims(model: ir.Model, dims: Mapping[str, int] | None = None) -> dict[str, int]:
+    """A size for every symbolic dimension of the inputs, by the rules of `sample_inputs`."""
     bindings = dict(dims or {})
+    for _ in _bound_inputs(model, bindings, _SIZES[0]):
+        pass
+    return bindings
+
+
+_SIZES = (32, 64, 224, 512)
+
+
+def _inputs_of_size(
+    model: ir.Model, seed: int, bindings: dict[str, int], size: int
+) -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(seed)
     feed = {}
-    for value, shape in _bound_inputs(model, bindings):
+    for value, shape in _bound_inputs(model, bindings, size):
         assert value.name is not None
         feed[value.name] = _random(value, shape, generator)
     return feed
 
 
-def default_dims(model: ir.Model, dims: Mapping[str, int] | None = None) -> dict[str, int]:
-    """A size for every named dimension of the inputs, by the rules of `sample_inputs`."""
-    bindings = dict(dims or {})
-    for _ in _bound_inputs(model, bindings):
-        pass
-    return bindings
-
-
 def _bound_inputs(
-    model: ir.Model, bindings: dict[str, int]
+    model: ir.Model, bindings: dict[str, int], size: int
 ) -> Iterator[tuple[ir.Value, list[int]]]:
     for value in model.graph.inputs:
         if value.is_initializer() or value.name is None:
             continue
-        yield (
-            value,
-            [
-                d if isinstance(d, int) else _bind(d, i, bindings)
-                for i, d in enumerate(value.shape.dims if value.shape is not None else ())
-            ],
-        )
-
-
-def _bind(dim: ir.SymbolicDim, position: int, bindings: dict[str, int]) -> int:
-    if dim.value is None:
-        return 1 if position == 0 else 32
-    if dim.value not in bindings:
-        # torch's exporter calls every dimension s<number>; position tells then
-        batch = position == 0 or dim.value.lower().split("_")[0] in _BATCH_NAMES
-        bindings[dim.value] = 1 if batch else 32
-    return bindings[dim.value]
+        shape = []
+        for axis, dim in enumerate(value.shape.dims if value.shape is not None else ()):
+            if isinstance(dim, int):
+                shape.append(dim)
+            else:
+                name = dim_name(value, axis)
+                # torch's exporter calls every dimension s<number>; position tells then
+                batch = axis == 0 or name.lower().split("_")[0] in _BATCH_NAMES
+                shape.append(bindings.setdefault(name, 1 if batch else size))
+        yield value, shape
 
 
 def _random(value: ir.Value, shape: list[int], generator: np.random.Generator) -> np.ndarray:
@@ -76,6 +112,9 @@ def _random(value: ir.Value, shape: list[int], generator: np.random.Generator) -
     if dtype == ir.DataType.BOOL:
         return generator.integers(0, 2, shape).astype(bool)
     if dtype.is_integer():
+        compared = _compared_with(value) if not shape else None
+        if compared is not None:
+            return np.array(compared, dtype.numpy())
         high = min(_index_limit(value), 127)
         return generator.integers(0, high, shape).astype(dtype.numpy())
     return generator.standard_normal(shape).astype(dtype.numpy())
@@ -93,6 +132,20 @@ def _index_limit(value: ir.Value) -> int:
         elif is_onnx_op(user, "Cast", "Identity") and user.outputs:
             limits.append(_index_limit(user.outputs[0]))
     return max(1, min(limits, default=2))
+
+
+def _compared_with(value: ir.Value) -> int | None:
+    """A constant that the model compares a scalar input with (a sample rate, a mode)."""
+    for user, index in value.uses():
+        if is_onnx_op(user, "Equal"):
+            constant = constant_scalar(user.inputs[1 - index])
+            if constant is not None:
+                return int(constant)
+        elif is_onnx_op(user, "Cast", "Identity", "Reshape", "Unsqueeze") and user.outputs:
+            found = _compared_with(user.outputs[0])
+            if found is not None:
+                return found
+    return None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import pkgutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -26,23 +27,8 @@ PassClass = TypeVar("PassClass", bound=type[Pass])
 
 ENTRY_POINT_GROUP = "edgepass.plugins"
 
-_BUILT_IN = (
-    "cleanup.folding",
-    "cleanup.dead_code",
-    "cleanup.duplicates",
-    "cleanup.identities",
-    "cleanup.shape_folding",
-    "cleanup.functions",
-    "fuse.affine",
-    "fuse.gemm",
-    "fuse.activations",
-    "prune.magnitude",
-    "quantize.static_int8",
-    "quantize.dynamic_int8",
-    "quantize.weight_only",
-    "quantize.half",
-    "legalize",
-)
+_FOLDERS = ("cleanup", "prune", "fuse", "quantize")
+"""Every module in these folders of this package is searched for passes."""
 
 _passes: dict[str, type[Pass]] = {}
 _loaded = False
@@ -186,8 +172,8 @@ def _load_built_in() -> None:
     if _loaded:
         return
     _loaded = True
-    for name in _BUILT_IN:
-        module = importlib.import_module(f".{name}", __package__)
+    for name in _built_in_modules():
+        module = importlib.import_module(name)
         for item in vars(module).values():
             if (
                 inspect.isclass(item)
@@ -199,6 +185,14 @@ def _load_built_in() -> None:
                 register_pass(item)
     for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
         load_plugin(entry.value)
+
+
+def _built_in_modules() -> list[str]:
+    names = [f"{__package__}.legalize"]
+    for folder in _FOLDERS:
+        package = importlib.import_module(f".{folder}", __package__)
+        names += [m.name for m in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")]
+    return names
 
 
 def _claim(table: dict[str, type], name: str, cls: type, kind: str) -> None:

@@ -245,7 +245,11 @@ def explain(rule: RewriteRule, node: ir.Node, context: Context | None = None) ->
         if best is None or found.depth > best.depth:
             best = found
     return Explanation(
-        rule.name, describe_node(node), False, str(best) if best else "", source_line(node)
+        rule.name,
+        describe_node(node),
+        False,
+        str(best) if best is not None else "",
+        source_line(node),
     )
 
 

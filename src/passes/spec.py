@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import difflib
 import enum
+import json
 import types
 import typing
 from collections.abc import Sequence
@@ -139,9 +140,12 @@ def describe_options(cls: type[Pass]) -> list[dict[str, Any]]:
 
 def _split(text: str, whole: str) -> list[str]:
     """Split at top-level commas; quotes and nested brackets are respected."""
-    items, depth, start, quote = [], 0, 0, ""
+    items, depth, start, quote, escaped = [], 0, 0, "", False
     for i, c in enumerate(text):
-        if quote:
+        if escaped:
+            escaped = False
+        elif quote:
+            escaped = c == "\\"
             quote = "" if c == quote else quote
         elif c in "\"'":
             quote = c
@@ -189,8 +193,7 @@ def _format_value(value: Any) -> str:
     if isinstance(value, tuple | list):
         return "[" + ",".join(_format_value(v) for v in value) + "]"
     if isinstance(value, str):
-        quote = "'" if '"' in value else '"'
-        return f"{quote}{value}{quote}"
+        return json.dumps(value, ensure_ascii=False)
     return repr(value)
 
 

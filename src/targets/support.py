@@ -13,7 +13,7 @@ from typing import Any
 import onnx_ir as ir
 
 from ..errors import StrictTargetError
-from ..ir.graph import ONNX_DOMAINS, describe_node
+from ..ir.graph import ONNX_DOMAINS, describe_node, is_onnx_op
 from ..ir.quant import integer_islands
 from .target import No, Runtime, Target, Yes
 
@@ -34,6 +34,8 @@ class Support:
         """Whether the target's runtime executes the node, and how."""
         if node.op_identifier() in self.model.functions:
             return Yes("a function of the model")
+        if is_onnx_op(node, "Constant"):
+            return Yes("a weight")
         if self.target.ops is not None:
             return _from_list(self.target, node)
         if self.target.runtime is Runtime.TVM:
