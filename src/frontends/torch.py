@@ -234,6 +234,7 @@ def _to_onnx(program: Any, name: str) -> ir.Model:
             f"{name} can't be translated to ONNX",
             "replace the operation by one that torch.onnx knows, or register a translation and "
             "pass the ONNXProgram",
+            program,
         ) from error
     model: ir.Model = exported.model
     return model

@@ -5,11 +5,13 @@ Here: finding in an exception chain the deepest frame that is the user's. Not he
 
 from __future__ import annotations
 
+import linecache
 import os
 import re
 import sysconfig
 import traceback
 from collections.abc import Iterator
+from typing import Any
 
 from ..errors import ArchitectureError
 
@@ -17,9 +19,28 @@ _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 _OWN_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-def export_failed(error: Exception, what: str, fix: str) -> ArchitectureError:
-    """The error to raise for `error`, which stays its cause."""
-    return ArchitectureError(what, where=_user_line(error), why=_reason(error), fix=fix)
+def export_failed(error: Exception, what: str, fix: str, program: Any = None) -> ArchitectureError:
+    """The error to raise for `error`, which stays its cause.
+
+    `program` is the ExportedProgram that couldn't be translated: its nodes know their lines.
+    """
+    where = _user_line(error) or _line_of_operator(error, program)
+    return ArchitectureError(what, where=where, why=_reason(error), fix=fix)
+
+
+def _line_of_operator(error: Exception, program: Any) -> str:
+    """The line of the first node whose operator the error names (`aten.linalg_eig`)."""
+    named = {name for link in _chain(error) for name in re.findall(r"'([a-z]\w*\.\w+)'", str(link))}
+    nodes = () if program is None else program.graph.nodes
+    for node in nodes:
+        if any(str(node.target).startswith(name) for name in named):
+            for path, line, function in reversed(
+                _FRAME.findall(node.meta.get("stack_trace") or "")
+            ):
+                if _is_users(path):
+                    code = linecache.getline(path, int(line)).strip()
+                    return f"{path}:{line} in {function}: {code}"
+    return ""
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
