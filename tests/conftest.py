@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from edgepass.errors import MissingDependencyError
 from edgepass.targets.emulator import Emulator, find_emulator
 

@@ -15,9 +15,10 @@ import numpy as np
 import onnx
 import onnx.helper as oh
 import pytest
+from onnx import TensorProto, numpy_helper
+
 from edgepass.errors import LoweringError, MissingDependencyError, UsageError
 from edgepass.targets.emulator import EmulatedJob, Emulator, find_emulator
-from onnx import TensorProto, numpy_helper
 
 RNG = np.random.default_rng(7)
 

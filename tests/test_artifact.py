@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
+
 from edgepass.artifact import is_artifact, load, relative_difference, save_artifact
 from edgepass.atomic import remove_leftovers, replacing
 from edgepass.errors import ArtifactError, CalibrationError, UnsafePathError, UsageError

@@ -17,6 +17,8 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+from onnx import TensorProto, helper, numpy_helper
+
 from edgepass.errors import (
     InvalidGraphError,
     ModelFileError,
@@ -27,7 +29,6 @@ from edgepass.errors import (
 )
 from edgepass.frontends import load_model, to_supported_opset
 from edgepass.ir.graph import AbsentTensor, absent_weights, is_absent
-from onnx import TensorProto, helper, numpy_helper
 
 WEIGHT = np.arange(12, dtype=np.float32).reshape(3, 4)
 

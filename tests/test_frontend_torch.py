@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+
 from edgepass.errors import ArchitectureError, UsageError, WeightsAbsentError
 from edgepass.frontends import load_model, load_notes, to_supported_opset
 from edgepass.ir.graph import absent_weights, is_absent

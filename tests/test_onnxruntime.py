@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
+
 from edgepass.errors import (
     CalibrationError,
     LoweringError,

@@ -10,6 +10,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+
 from edgepass.errors import InvalidGraphError, UnsupportedOpError, UsageError
 from edgepass.frontends import load_model
 from edgepass.frontends.opset import _history, to_supported_opset

@@ -1,10 +1,9 @@
-"""Every pass, over generated graphs: interface and numerics kept, sound, idempotent where it says."""
+"""Every pass over generated graphs: interface and numerics kept, idempotent where it says so."""
 
 import io
 
 import onnx_ir as ir
 import pytest
-from generated import feed_for, models
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -19,6 +18,7 @@ from edgepass.passes.probe import Probe, numeric_error
 from edgepass.passes.rules import RewriteRule
 from edgepass.pipelines import parse_recipe
 from edgepass.targets.registry import get_target
+from generated import feed_for, models
 
 PASSES = {
     name: cls

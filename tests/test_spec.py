@@ -103,7 +103,7 @@ def test_one_item_is_a_whole_pipeline_and_a_list_is_taken_as_written():
     assert whole.index("fold_constants") < whole.index("fold_affine") < whole.index("fp16")
     assert [p.name for p in parse_recipe("dead_code,identities")] == ["dead_code", "identities"]
     joined = parse_recipe("prune50+int8")
-    assert [p for p in joined if p.name == "prune"][0].ratio == 0.5
+    assert next(p for p in joined if p.name == "prune").ratio == 0.5
     assert [p.name for p in joined][-1] == "int8"
 
 

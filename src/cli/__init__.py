@@ -31,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from .app import app
 
         code = app(given, standalone_mode=False, prog_name="edgepass")
+        if code == INTERRUPTED:  # some versions of typer turn Ctrl-C into this code themselves
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except EdgepassError as error:
         console.show_error(error.diagnostic, as_json)

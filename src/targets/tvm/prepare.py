@@ -31,11 +31,8 @@ from .symbolic import name_shape_targets, write_out_padding
 EXPANDED_BY_DEFINITION = frozenset(
     {
         "Attention",
-        "BlackmanWindow",
         "Celu",
         "CenterCropPad",
-        "HammingWindow",
-        "HannWindow",
         "NegativeLogLikelihoodLoss",
         "RotaryEmbedding",
         "SoftmaxCrossEntropyLoss",
@@ -202,6 +199,8 @@ def _expand_by_definition(model: ir.Model) -> ir.Model:
         chosen = [("", name) for name in sorted(found & EXPANDED_BY_DEFINITION)]
         if not chosen:
             break
+        # ONNX's inliner leaves references to attributes that a node does not spell out.
+        onnx_passes.AddDefaultAttributesPass()(model)
         proto = onnx.shape_inference.infer_shapes(ir.to_proto(model))
         try:
             proto = onnx.inliner.inline_selected_functions(
@@ -209,7 +208,7 @@ def _expand_by_definition(model: ir.Model) -> ir.Model:
             )
         except RuntimeError:  # a definition for types that are not known here
             break
-        model = ir.from_proto(proto)
+        model = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
     return model
 
 
@@ -228,7 +227,7 @@ def _drop_unused_outputs(graph: ir.Graph) -> None:
 
 
 _TAKES_SHAPES = (
-    *("Reshape", "Resize", "ConstantOfShape", "Slice", "Shape", "Expand", "Concat", "Identity"),
+    *("Reshape", "Resize", "ConstantOfShape", "Slice", "Shape", "Expand", "Concat"),
     *("Equal", "Where", "Cast", "CastLike"),
 )
 # Operators for which TVM's importer accepts the symbolic result of `Shape` as it is. `Gather` and
@@ -239,18 +238,21 @@ def _shapes_as_tensors(graph: ir.Graph) -> None:
     """Put a `Cast` to int64 between `Shape` and users that TVM wants to see a tensor at."""
     symbolic: set[ir.Value] = set()
     for node in list(graph):
-        if is_onnx_op(node, "Shape"):
-            symbolic.add(node.outputs[0])
-            continue
+        used = [position for position, value in enumerate(node.inputs) if value in symbolic]
         takes = is_onnx_op(node, *_TAKES_SHAPES)
         if is_onnx_op(node, "Concat"):
             takes = all(v in symbolic or (v and v.is_initializer()) for v in node.inputs)
-        used = [position for position, value in enumerate(node.inputs) if value in symbolic]
-        if used and takes and is_onnx_op(node, "Slice", "Concat", "Identity", "Where"):
-            symbolic.add(node.outputs[0])
-        if used and takes and is_onnx_op(node, "Reshape", "Cast") and 0 in used:
+        passes_on = is_onnx_op(node, "Slice", "Where", "Reshape") and 0 in used
+        if is_onnx_op(node, "Shape") or passes_on or _joins_integers(node):
             symbolic.add(node.outputs[0])
         for position in used if not takes else ():
             cast = ir.node("Cast", [node.inputs[position]], attributes={"to": ir.DataType.INT64})
             graph.insert_before(node, cast)
             node.replace_input_with(position, cast.outputs[0])
+
+
+def _joins_integers(node: ir.Node) -> bool:
+    """Whether TVM takes a `Concat` for a shape: it does so for constants as well."""
+    output = node.outputs[0]
+    rank_one = output.shape is not None and len(output.shape.dims) == 1
+    return is_onnx_op(node, "Concat") and output.dtype == ir.DataType.INT64 and rank_one

@@ -132,7 +132,6 @@ class KernelBuilder:
     def finish(self, name: str) -> Any:
         """The PrimFunc. Marked opaque, so that Relax fuses nothing into it."""
         from tvm import tirx
-
         from tvm.s_tir import SBlock, SBlockRealize
 
         # Relax's analyses expect the one block that scheduled functions have at their root.

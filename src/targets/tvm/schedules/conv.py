@@ -12,7 +12,7 @@ import dataclasses
 from typing import Any
 
 from .builder import Expr, KernelBuilder
-from .epilogue import Access, Epilogue
+from .epilogue import NO_EPILOGUE, Access, Epilogue
 from .spec import CpuSpec
 from .tile import RegisterTile
 from .tiling import Tile, choose_tile, split_extent
@@ -29,7 +29,7 @@ class Conv:
     groups: int
     window: Window
     blocked_input: bool
-    epilogue: Epilogue = Epilogue()
+    epilogue: Epilogue = NO_EPILOGUE
 
     def tile(self, spec: CpuSpec) -> Tile:
         """The register tile used, which fixes the packing of the weights."""

@@ -10,7 +10,7 @@ import dataclasses
 from typing import Any, Literal
 
 from .builder import Expr, KernelBuilder
-from .epilogue import Access, Epilogue
+from .epilogue import NO_EPILOGUE, Access, Epilogue
 from .spec import CpuSpec
 from .tile import RegisterTile
 from .tiling import Tile
@@ -28,7 +28,7 @@ class Channelwise:
     batch: int
     blocks: int
     window: Window
-    epilogue: Epilogue = Epilogue()
+    epilogue: Epilogue = NO_EPILOGUE
 
 
 class _Writer:

@@ -103,6 +103,8 @@ class Epilogue:
         return values[-1]
 
 
+NO_EPILOGUE = Epilogue()
+
 _Operation = Callable[[VectorMath, list[Expr], tuple[float, ...]], Expr]
 
 

@@ -29,7 +29,10 @@ class Located:
 class Domain(Protocol):
     """The coordinates of a kernel's output."""
 
-    padded: bool
+    @property
+    def padded(self) -> bool:
+        """Whether some lanes are padding, that hold no value of the tensor."""
+        ...
 
     def locate(self, shape: tuple[int, ...], constant: bool) -> Located | None:
         """How to address a tensor of `shape`, broadcast to the output; None if it can't be."""

@@ -160,7 +160,7 @@ class FlatGraph:
         return name, args, ()
 
     def _match_clip(self, args: list[Expr]) -> tuple[str, list[Expr], tuple[float, ...]]:
-        bounds = [getattr(bound, "value", None) for bound in args[1:]]
+        bounds: list[Any] = [getattr(bound, "value", None) for bound in args[1:]]
         if any(not isinstance(bound, (int, float)) for bound in bounds):
             return "opaque", [], ()
         return "clip", args[:1], tuple(float(bound) for bound in bounds)

@@ -10,7 +10,7 @@ import dataclasses
 from typing import Any
 
 from .builder import Expr, KernelBuilder
-from .epilogue import Access, Epilogue
+from .epilogue import NO_EPILOGUE, Access, Epilogue
 from .spec import CpuSpec
 from .tile import RegisterTile
 from .tiling import Tile
@@ -116,7 +116,7 @@ class GlobalPool:
 
     mean: bool
     shape: tuple[int, ...]
-    epilogue: Epilogue = Epilogue()
+    epilogue: Epilogue = NO_EPILOGUE
 
 
 def global_pool_kernel(config: GlobalPool, spec: CpuSpec, name: str) -> Any:

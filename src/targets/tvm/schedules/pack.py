@@ -57,7 +57,7 @@ def pack_conv(
 
 
 def block_channels(array: npt.NDArray[Any], lanes: int, axis: int) -> Weights:
-    """Move `axis` to the end in blocks: [.., C, ..] to [.., ceil(C / lanes), .., lanes], zero padded."""
+    """[.., C, ..] to [.., ceil(C / lanes), .., lanes]: `axis` in blocks, padded with zeros."""
     channels = array.shape[axis]
     blocks = -(-channels // lanes)
     widths = [(0, 0)] * array.ndim

@@ -15,7 +15,7 @@ Kind = Literal[
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KernelRecord:
-    """One PrimFunc. `reason` is empty unless `kind` is `"fallback"` or a better rule was refused."""
+    """One PrimFunc. `reason` says why a better rule was refused, where one was."""
 
     name: str
     kind: Kind

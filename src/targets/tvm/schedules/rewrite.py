@@ -87,7 +87,6 @@ class FunctionWriter:
 
     def blocked(self, expr: Expr) -> Expr:
         """A tensor of rank 3 or 4 in the channel-blocked layout."""
-        from tvm import relax
 
         shape, _ = static_type(expr)
         assert shape is not None

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from .builder import Expr, KernelBuilder
-from .epilogue import Access, Epilogue
+from .epilogue import NO_EPILOGUE, Access, Epilogue
 from .spec import CpuSpec
 from .vecmath import VectorMath
 
@@ -32,7 +32,7 @@ class Rows:
     epsilon: float = 0.0
     scale: bool = True
     center: bool = True
-    epilogue: Epilogue = Epilogue()
+    epilogue: Epilogue = NO_EPILOGUE
 
 
 _Combine = Callable[[VectorMath, Expr, Expr], Expr]

@@ -6,17 +6,19 @@ TVM's own lowering and the generic schedule.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 from .conv import Conv, conv_kernel
 from .depthwise import Channelwise, channelwise_kernel
-from .epilogue import Access
-from .fusion import PlainDomain, grow, spatial_rank4
+from .epilogue import NO_EPILOGUE, Access
+from .fusion import BlockedDomain, Group, PlainDomain, grow, spatial_rank4
 from .graph import Node, static_type
 from .layout import Elementwise, GlobalPool, blocked_access, elementwise_kernel, global_pool_kernel
 from .matmul import Matmul, matmul_kernel
 from .pack import block_channels, pack_columns, pack_conv
+from .report import Kind
 from .rewrite import FunctionWriter, as_float32, blocked_group, blocked_output
 from .rows import Rows, rows_kernel
 from .views import View, contiguous_strides, view_of
@@ -165,7 +167,7 @@ def _emit_channelwise(
     assert node.shape is not None
     out = blocked_output(node.shape, writer.spec.lanes, flat=False)
     kh, kw = config.window.kernel
-    kind = "depthwise" if config.kind == "depthwise" else "pool"
+    kind: Kind = "depthwise" if config.kind == "depthwise" else "pool"
     function = writer.library.get(
         writer.bb,
         (config, out),
@@ -227,8 +229,6 @@ def _global_pool(writer: FunctionWriter, node: Node, mean: bool) -> str:
     keeps = len(node.shape) == len(shape)
     kept = node.shape if keeps else (*shape[:2], *(1,) * (len(shape) - 2))
     claimed = writer.claimed if keeps else set(writer.graph.nodes)
-    from .fusion import BlockedDomain
-
     domain = BlockedDomain(kept, writer.spec.lanes)
     group = grow(writer.graph, node.var, domain, kept, claimed)
     config = GlobalPool(mean=mean, shape=full, epilogue=group.epilogue)
@@ -301,14 +301,9 @@ def _emit_rows(
     extra: list[Any],
     out: Access,
 ) -> None:
-    from .epilogue import Epilogue
-    from .fusion import Group
-
-    group = Group([], node.var, Epilogue(), [])
+    group = Group([], node.var, NO_EPILOGUE, [])
     if config.kind in ("softmax", "layer_norm"):
         group = grow(writer.graph, node.var, PlainDomain(data_shape), data_shape, writer.claimed)
-        import dataclasses
-
         config = dataclasses.replace(config, epilogue=group.epilogue)
 
     def emit() -> None:
@@ -507,8 +502,6 @@ def _elementwise(writer: FunctionWriter, node: Node) -> str:
     shape = node.shape
     if shape is None or len(shape) not in (3, 4):
         return "not a feature map"
-    from .fusion import BlockedDomain
-
     start = next(
         (
             item
