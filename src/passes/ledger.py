@@ -11,6 +11,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from ..cost.text import format_bytes, format_count
 from ..ir.graph import graphs, node_count
 from ..ir.ops import graph_cost
 from ..ir.sizing import is_dynamic, static_twin
@@ -174,26 +175,6 @@ class Ledger:
             ).rstrip()
             for row in rows
         )
-
-
-def format_bytes(count: int | float | None) -> str:
-    """Bytes for people, in powers of ten: `3.5 MB`."""
-    if count is None:
-        return "?"
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count:.0f} B"
-
-
-def format_count(count: int | float | None) -> str:
-    """A count for people: `300.1 M`."""
-    if count is None:
-        return "?"
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count:.0f}"
 
 
 def _change(before: str, after: str) -> str:

@@ -1,0 +1,135 @@
+"""A first latency: a roofline over kernels with assumed efficiencies, and a wide interval.
+
+Here: `kernel_ms` and `latency`. Nothing here was fitted to a device, and every latency says
+*assumed*: it is for comparing recipes on one target, and for the order of magnitude. Not here:
+which kernels there are (`kernels`).
+
+A kernel takes as long as the slower of its arithmetic and its memory traffic (the roofline of
+Williams, Waterman and Patterson, 2009), plus the cost of a launch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from ..ir.ops import Category
+from ..targets.target import Hardware, Target
+from .kernels import DEPTHWISE, Kernel
+
+ASSUMED = "assumed"
+SPREAD = 3.0
+"""The interval is from a third to three times the estimate."""
+
+EFFICIENCY: Mapping[str, float] = MappingProxyType(
+    {
+        Category.CONVOLUTION.value: 0.6,
+        Category.MATMUL.value: 0.6,
+        Category.ATTENTION.value: 0.4,
+        Category.RECURRENT.value: 0.3,
+        DEPTHWISE: 0.2,
+    }
+)
+"""The share of peak MACs a kind of kernel reaches. Textbook figures, not measurements."""
+_OTHER_EFFICIENCY = 0.25
+_BANDWIDTH_SHARE = 0.6  # of the nominal bandwidth, for one streaming kernel
+_CACHE_SPEEDUP = 4.0  # last-level cache against memory
+_LAUNCH_CYCLES = 5000.0  # of one kernel: dispatch, shape checks, allocation
+_THREAD_SHARE = 0.8  # of another core's peak that one more thread adds
+_FALLBACK = {"float16": "float32", "bfloat16": "float32", "float64": "float32", "int8": "float32"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Latency:
+    """Milliseconds of one inference, batch and sizes as bound, and an interval around it.
+
+    `ms` is None when the target's hardware is not described or a dimension has no size. `unknown`
+    counts the kernels of unknown cost among `kernels`: they are not in the sum, so it is then a
+    lower bound and the interval has no upper end (`high_ms` None).
+    """
+
+    ms: float | None
+    low_ms: float | None
+    high_ms: float | None
+    label: str = ASSUMED
+    kernels: int = 0
+    unknown: int = 0
+    reason: str = ""
+
+    @property
+    def unknown_share(self) -> float:
+        """The share of kernels of unknown cost, 0 to 1."""
+        return self.unknown / self.kernels if self.kernels else 0.0
+
+    def __str__(self) -> str:
+        if self.ms is None:
+            return f"? ({self.label})"
+        if self.unknown:
+            missing = f"{self.unknown} of {self.kernels} kernels unknown"
+            return f">= {format_ms(self.low_ms)} ms ({self.label}, {missing})"
+        low, high = format_ms(self.low_ms), format_ms(self.high_ms)
+        return f"{format_ms(self.ms)} ms ({self.label}, {low} to {high})"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for `--json` and the manifest."""
+        return dataclasses.asdict(self)
+
+
+def latency(found: Sequence[Kernel], target: Target, threads: int = 1) -> Latency:
+    """The sum over kernels on `threads` cores of the target (no more than it has)."""
+    unknown = sum(1 for kernel in found if not kernel.is_known)
+    reason = _missing_facts(target.hardware)
+    if reason:
+        return Latency(None, None, None, ASSUMED, len(found), unknown, reason)
+    total = sum(kernel_ms(kernel, target.hardware, threads) or 0.0 for kernel in found)
+    high = None if unknown else total * SPREAD
+    return Latency(total, total / SPREAD, high, ASSUMED, len(found), unknown)
+
+
+def kernel_ms(kernel: Kernel, hardware: Hardware, threads: int = 1) -> float | None:
+    """Assumed milliseconds of one kernel; None when its cost or the hardware is not known."""
+    if kernel.macs is None or kernel.bytes_read is None or kernel.bytes_written is None:
+        return None
+    if _missing_facts(hardware):
+        return None
+    cores = min(max(1, threads), max(1, hardware.cores))
+    speedup = 1.0 + _THREAD_SHARE * (cores - 1)
+    cycles = 1e6 * hardware.frequency_ghz  # in a millisecond
+    efficiency = EFFICIENCY.get(kernel.kind, _OTHER_EFFICIENCY)
+    arithmetic = kernel.macs / (_macs_per_cycle(hardware, kernel.dtype) * efficiency)
+    # Everything besides MACs: one vector operation a cycle at best.
+    lanes = max(1.0, hardware.vector_bits / 32)
+    arithmetic += max(0, kernel.flops - 2 * kernel.macs) / (lanes * _OTHER_EFFICIENCY)
+    moved = kernel.bytes_read + kernel.bytes_written
+    per_ms = 1e6 * hardware.memory_gb_per_s * _BANDWIDTH_SHARE
+    if moved <= 1024 * max(hardware.l2_kb, hardware.l3_kb):
+        per_ms *= _CACHE_SPEEDUP
+    launch = _LAUNCH_CYCLES / cycles
+    return max(arithmetic / (cycles * speedup), moved / per_ms) + launch
+
+
+def format_ms(ms: float | None) -> str:
+    """Three significant figures."""
+    return "?" if ms is None else f"{ms:.3g}" if ms < 1000 else f"{ms:.0f}"
+
+
+def _macs_per_cycle(hardware: Hardware, dtype: str) -> float:
+    """Peak MACs a cycle; a dtype the hardware lists none for runs as float32."""
+    rates = hardware.macs_per_cycle
+    rate = rates.get(dtype) or rates.get(_FALLBACK.get(dtype, "float32"))
+    return rate or 1.0
+
+
+def _missing_facts(hardware: Hardware) -> str:
+    missing = [
+        name
+        for name, value in (
+            ("frequency_ghz", hardware.frequency_ghz),
+            ("memory_gb_per_s", hardware.memory_gb_per_s),
+            ("macs_per_cycle", hardware.macs_per_cycle),
+        )
+        if not value
+    ]
+    return f"the target does not say {', '.join(missing)}" if missing else ""

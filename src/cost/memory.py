@@ -1,0 +1,204 @@
+"""Peak activation memory: which values are alive at the same time, by liveness over the graph.
+
+Here: `activation_memory` and `peak_activation_bytes`. Weights are not activations; neither is the
+runtime's own code, its arena's slack, and scratch space inside kernels. Not here: what a
+value occupies (`storage`), bytes on disk (`size`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from ..ir.analysis import last_uses
+from ..ir.graph import describe_value, is_onnx_op, node_subgraphs
+from ..ir.ops import is_elementwise, is_view
+from ..ir.quant import QuantPlan, is_dequantize
+from ..targets.target import Target
+from .storage import Storage, storage_for
+
+
+@dataclasses.dataclass(frozen=True)
+class ActivationMemory:
+    """Bytes alive while each node of the main graph runs, in graph order, and the most of them.
+
+    `peak_bytes` is None when a size is not known, and `reason` then names the value; `alive` counts
+    what is known all the same. `peak_node` is the position of the node at which the peak is
+    reached (-1: there are no nodes).
+    """
+
+    peak_bytes: int | None
+    alive: tuple[int, ...]
+    peak_node: int = -1
+    reason: str = ""
+
+
+def peak_activation_bytes(
+    model: ir.Model,
+    dims: Mapping[str, int] | None = None,
+    plan: QuantPlan | None = None,
+    target: Target | None = None,
+) -> int | None:
+    """The most bytes of activations alive at once; None when a shape is not known.
+
+    See `activation_memory`, which gives the reason too.
+    """
+    return activation_memory(model, dims, plan, target).peak_bytes
+
+
+def activation_memory(
+    model: ir.Model,
+    dims: Mapping[str, int] | None = None,
+    plan: QuantPlan | None = None,
+    target: Target | None = None,
+    storage: Storage | None = None,
+) -> ActivationMemory:
+    """Liveness with shared buffers.
+
+    The rules, which are those of ONNX Runtime's planner with nothing lost to fragmentation:
+
+    - graph inputs belong to the caller and stay for the whole run, outputs from their node on;
+    - a view (Reshape, Squeeze, ...) shares its input's buffer;
+    - an elementwise node writes over an input of the same size that nobody needs afterwards
+      (not over the caller's, and not when it makes a graph output);
+    - values inside a quantized island do not exist; what a plan stores in 8 bits counts so;
+    - constants, and what is computed from constants alone, are weights and not counted;
+    - a node with a subgraph or a called function adds the peak of its body.
+    """
+    storage = storage or storage_for(model, target, plan, dims)
+    return _Liveness(model.graph, storage, model.functions).run()
+
+
+Functions = Mapping[ir.OperatorIdentifier, ir.Function]
+
+
+class _Liveness:
+    def __init__(
+        self,
+        graph: ir.Graph,
+        storage: Storage,
+        functions: Functions,
+        *,
+        inputs: bool = True,
+        outputs: bool = True,
+    ) -> None:
+        self.graph = graph
+        self.storage = storage
+        self.functions = functions
+        self.count_inputs = inputs
+        self.skipped = set() if outputs else set(graph.outputs)
+        self.last = dict(last_uses(graph))
+        self.outputs = set(graph.outputs)
+        self.root: dict[ir.Value, ir.Value] = {}
+        self.size: dict[ir.Value, int] = {}
+        self.until: dict[ir.Value, int] = {}
+        self.callers: set[ir.Value] = set()
+        self.reason = ""
+
+    def run(self) -> ActivationMemory:
+        nodes = list(self.graph)
+        for value in self.graph.inputs:
+            if not value.is_initializer():
+                self.callers.add(value)
+                self._new_buffer(value, len(nodes), self.count_inputs)
+        opened: list[list[ir.Value]] = []
+        extra: list[int] = []
+        for i, node in enumerate(nodes):
+            opened.append(self._open(i, node))
+            transient = sum(self.storage.transient_bytes(v) for v in node.outputs)
+            extra.append(transient + self._body_bytes(node))
+        alive = self._sweep(opened, extra)
+        if not alive:
+            total = sum(self.size.values())
+            return ActivationMemory(None if self.reason else total, (), -1, self.reason)
+        peak = max(range(len(alive)), key=alive.__getitem__)
+        return ActivationMemory(
+            None if self.reason else alive[peak], tuple(alive), peak, self.reason
+        )
+
+    def _sweep(self, opened: list[list[ir.Value]], extra: list[int]) -> list[int]:
+        freed: dict[int, int] = {}
+        for buffer, until in self.until.items():
+            freed[until] = freed.get(until, 0) + self.size[buffer]
+        now = sum(self.size[v] for v in self.callers)
+        alive = []
+        for i, buffers in enumerate(opened):
+            now += sum(self.size[v] for v in buffers)
+            alive.append(now + extra[i])
+            now -= freed.get(i, 0)
+        return alive
+
+    def _new_buffer(self, value: ir.Value, until: int, counted: bool = True) -> None:
+        size = self.storage.held_bytes(value) if counted else 0
+        if size is None:
+            self.reason = self.reason or f"the size of {describe_value(value)} is not known"
+            size = 0
+        self.root[value] = value
+        self.size[value] = size
+        self.until[value] = until
+
+    def _open(self, i: int, node: ir.Node) -> list[ir.Value]:
+        """Give each output of a node a buffer; the new ones are returned."""
+        if is_onnx_op(node, "Constant"):
+            return []
+        opened = []
+        for index, value in enumerate(node.outputs):
+            if not value.name or self.storage.is_constant(value):
+                continue
+            until = self.last.get(value, i)
+            shared = self._shared_buffer(i, node, value) if index == 0 else None
+            if shared is not None:
+                self.root[value] = shared
+                self.until[shared] = max(self.until[shared], until)
+                if value in self.outputs:
+                    self.outputs.add(shared)
+                continue
+            self._new_buffer(value, until, value not in self.skipped)
+            opened.append(value)
+        return opened
+
+    def _shared_buffer(self, i: int, node: ir.Node, value: ir.Value) -> ir.Value | None:
+        if not node.inputs:
+            return None
+        # An integer node reads the 8 bits before a DequantizeLinear: they stay until it has run.
+        if is_view(node) or (is_dequantize(node) and self.storage.is_fused_away(value)):
+            source = node.inputs[0]
+            return None if source is None else self.root.get(source)
+        if value in self.outputs or not is_elementwise(node):
+            return None
+        size = self.storage.held_bytes(value)
+        for source in node.inputs:
+            root = None if source is None else self.root.get(source)
+            if (
+                root is not None
+                and size
+                and self.until[root] == i
+                and self.size[root] == size
+                and root not in self.callers
+                and root not in self.outputs
+            ):
+                return root
+        return None
+
+    def _body_bytes(self, node: ir.Node) -> int:
+        """The peak inside a node; of an If, its hungrier branch."""
+        function = self.functions.get(node.op_identifier())
+        bodies = [function.graph] if function is not None else list(node_subgraphs(node))
+        if not bodies:
+            return 0
+        # An If and a call write straight to the node's outputs, which are counted outside.
+        handed_out = function is not None or is_onnx_op(node, "If")
+        peaks = []
+        for body in bodies:
+            found = _Liveness(
+                body,
+                self.storage,
+                self.functions,
+                inputs=False,
+                outputs=not handed_out,
+            ).run()
+            self.reason = self.reason or found.reason
+            peaks.append(found.peak_bytes or 0)
+        return max(peaks)
