@@ -41,10 +41,11 @@ class Fact:
     """What is known of one value.
 
     `dtype` and `dims` are those of the tensor (for a sequence or optional: of the tensors in it);
-    `kind` is the full type where it is not a plain tensor.
+    `kind` is the full type where it is not a plain tensor; `items` the shapes of a sequence's
+    elements one by one, where its length is known.
     """
 
-    __slots__ = ("data", "dims", "dtype", "kind")
+    __slots__ = ("data", "dims", "dtype", "items", "kind")
 
     def __init__(
         self,
@@ -52,7 +53,9 @@ class Fact:
         dims: Dims | None = None,
         data: Data | None = None,
         kind: ir.TypeProtocol | None = None,
+        items: tuple[Dims | None, ...] | None = None,
     ) -> None:
+        self.items = items
         self.dtype = dtype
         self.dims = dims
         self.data = data
@@ -73,8 +76,8 @@ class Engine(Protocol):
     def attribute(self, node: ir.Node, name: str) -> ir.Attr | None:
         """An attribute, looked up at the call site where a function's caller sets it."""
 
-    def infer_graph(self, graph: ir.Graph) -> None:
-        """Infer a subgraph whose inputs have been bound."""
+    def infer_graph(self, graph: ir.Graph, *, reachable: bool = True) -> None:
+        """Infer a subgraph whose inputs have been bound; one that never runs may contradict."""
 
     def bind(self, value: ir.Value, fact: Fact) -> None:
         """Say what is known of a subgraph's input."""
@@ -185,6 +188,7 @@ class Call:
         dtype: ir.DataType | None = None,
         data: Data | None = None,
         kind: ir.TypeProtocol | None = None,
+        items: tuple[Dims | None, ...] | None = None,
     ) -> None:
         """Say what is known of an output; later calls add to earlier ones."""
         if output >= len(self.node.outputs):
@@ -198,6 +202,8 @@ class Call:
             fact.data = data
         if kind is not None:
             fact.kind = kind
+        if items is not None:
+            fact.items = items
 
     def fail(self, why: str, fix: str = "") -> NoReturn:
         """The node contradicts itself."""

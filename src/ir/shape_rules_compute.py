@@ -620,6 +620,7 @@ def attention_flex(call: Call) -> None:
 @rule("LinearAttention")
 def attention_linear(call: Call) -> None:
     """(B, T, H d_v) and the state (B, H_kv, d_k, d_v)."""
+    call.put(1, dtype=call.dtype(3) or call.dtype(0))
     query, value = call.rank(0, 3), call.rank(2, 3)
     heads, kv_heads = call.attr("q_num_heads"), call.attr("kv_num_heads")
     if not heads or not kv_heads:
@@ -677,6 +678,27 @@ def window_function(call: Call) -> None:
     if size is not None and len(size) == 1 and not isinstance(size[0], float):
         length = size[0]
     call.put(0, (length,))
+
+
+@rule("STFT")
+def short_time_fourier(call: Call) -> None:
+    """(B, L, 1 or 2) -> (B, frames, bins, 2): only half the bins and one when onesided."""
+    signal, step, given = call.rank(0, 3), call.ints(1), call.data(3)
+    window = call.dims(2)
+    frame: Dim = dim_math.UNKNOWN
+    if given and not isinstance(given[0], float):
+        frame = given[0]
+    elif window is not None and not call.has(3):
+        frame = window[0]
+    bins = frame
+    if call.attr("onesided", 1):
+        bins = dim_math.add(dim_math.floordiv(frame, 2), 1)
+    frames: Dim = dim_math.UNKNOWN
+    if step and step[0] > 0:
+        room = dim_math.sub(signal[1], frame)
+        frames = dim_math.floordiv(dim_math.add(room, step[0]), step[0])
+    found = (signal[0], frames, bins, 2)
+    call.put(0, [call.fresh(0, i) if dim_math.is_unknown(d) else d for i, d in enumerate(found)])
 
 
 @rule("StringConcat")

@@ -38,15 +38,15 @@ def _put_named(call: Call, output: int, fact: Fact, dims: Dims | None) -> None:
 def if_(call: Call) -> None:
     """What both branches agree on; one branch alone when the condition is constant."""
     branches = [call.attr("then_branch"), call.attr("else_branch")]
-    for graph in branches:
+    taken = call.ints(0)
+    for index, graph in enumerate(branches):
         if graph is None:
             call.fail("a branch is missing")
-        call.engine.infer_graph(graph)
+        call.engine.infer_graph(graph, reachable=not taken or bool(taken[0]) == (index == 0))
         if len(graph.outputs) != len(call.node.outputs):
             call.fail(
                 f"a branch has {len(graph.outputs)} outputs, the node {len(call.node.outputs)}"
             )
-    taken = call.ints(0)
     if taken is not None and len(taken) == 1:
         branches = [branches[0 if taken[0] else 1]]
     for output in range(len(call.node.outputs)):
@@ -204,24 +204,30 @@ def _sequence_of(dtype: ir.DataType | None) -> ir.SequenceType | None:
 @rule("SequenceConstruct")
 def sequence_construct(call: Call) -> None:
     """A sequence; its elements' shape is what the tensors share."""
-    dims = call.dims(0)
-    for index in range(1, len(call.node.inputs)):
-        dims = common_dims(dims, call.dims(index))
-    call.put(0, dims, dtype=call.dtype(0), kind=_sequence_of(call.dtype(0)))
+    items = tuple(call.dims(i) for i in range(len(call.node.inputs)))
+    dims = items[0]
+    for other in items[1:]:
+        dims = common_dims(dims, other)
+    call.put(0, dims, dtype=call.dtype(0), kind=_sequence_of(call.dtype(0)), items=items)
 
 
 @rule("SequenceEmpty")
 def sequence_empty(call: Call) -> None:
     """An empty sequence of `dtype`."""
     dtype = ir.DataType(call.attr("dtype", ir.DataType.FLOAT))
-    call.put(0, dtype=dtype, kind=_sequence_of(dtype))
+    call.put(0, dtype=dtype, kind=_sequence_of(dtype), items=())
 
 
 @rule("SequenceInsert")
 def sequence_insert(call: Call) -> None:
     """The sequence with one more element."""
-    fact = call.fact(0)
-    call.put(0, common_dims(fact.dims, call.dims(1)), dtype=fact.dtype, kind=fact.kind)
+    fact, added, at = call.fact(0), call.dims(1), call.ints(2)
+    dims = added if fact.items == () else common_dims(fact.dims, added)
+    call.put(0, dims, dtype=fact.dtype, kind=fact.kind)
+    if fact.items is not None and (at is not None or not call.has(2)):
+        items = list(fact.items)
+        items.insert(at[0] if at else len(items), added)
+        call.put(0, items=tuple(items))
 
 
 @rule("SequenceErase")
@@ -234,8 +240,13 @@ def sequence_erase(call: Call) -> None:
 @rule("SequenceAt")
 def sequence_at(call: Call) -> None:
     """One element."""
-    fact = call.fact(0)
-    _put_named(call, 0, Fact(fact.dtype), fact.dims)
+    fact, at = call.fact(0), call.ints(1)
+    dims = fact.dims
+    if fact.items is not None and at is not None:
+        if not -len(fact.items) <= at[0] < len(fact.items):
+            call.fail(f"position {at[0]} of a sequence of {len(fact.items)}")
+        dims = fact.items[at[0]]
+    _put_named(call, 0, Fact(fact.dtype), dims)
 
 
 @rule("SequenceLength OptionalHasElement")
@@ -246,10 +257,11 @@ def scalar(call: Call) -> None:
 
 @rule("SplitToSequence")
 def split_to_sequence(call: Call) -> None:
-    """Elements of one size where the parts are equal, else that axis is open."""
+    """Each element's shape where the parts are known; the type says what they share."""
     dims, dtype = call.known(0), call.dtype(0)
     axis = call.axis(call.attr("axis", 0), len(dims))
     parts = call.ints(1) if call.has(1) else None
+    length = dims[axis]
     kind = _sequence_of(dtype)
     if not call.has(1):
         rest = dims[axis + 1 :]
@@ -257,14 +269,22 @@ def split_to_sequence(call: Call) -> None:
             (*dims[:axis], 1, *rest) if call.attr("keepdims", 1) else (*dims[:axis], *rest)
         )
         call.put(0, found, dtype=dtype, kind=kind)
+        if isinstance(length, int):
+            call.put(0, items=(found,) * length)
         return
-    size: Dim = dim_math.UNKNOWN
-    given = call.dims(1)
-    if parts and given == () and isinstance(dims[axis], int):
-        size = parts[0] if dim_math.modulo(dims[axis], parts[0]) == 0 else dim_math.UNKNOWN
-    elif parts and given != () and len(set(parts)) == 1:
-        size = parts[0]
+    sizes: list[int] | None = list(parts) if parts is not None else None
+    if parts and call.dims(1) == ():
+        sizes = None
+        if isinstance(length, int):
+            sizes = [min(parts[0], length - at) for at in range(0, length, parts[0])]
+    elif sizes is not None:
+        call.require_same(
+            sum(sizes), length, f"the parts {sizes} do not add up to axis {axis}, {length}"
+        )
+    size: Dim = sizes[0] if sizes and len(set(sizes)) == 1 else dim_math.UNKNOWN
     call.put(0, (*dims[:axis], size, *dims[axis + 1 :]), dtype=dtype, kind=kind)
+    if sizes is not None:
+        call.put(0, items=tuple((*dims[:axis], s, *dims[axis + 1 :]) for s in sizes))
 
 
 @rule("ConcatFromSequence")

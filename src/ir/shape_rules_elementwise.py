@@ -61,7 +61,7 @@ def same_shape_with_axis(call: Call) -> None:
 def identity(call: Call) -> None:
     """All that is known of the input is known of the output."""
     fact = call.fact(0)
-    call.put(0, fact.dims, dtype=fact.dtype, data=fact.data, kind=fact.kind)
+    call.put(0, fact.dims, dtype=fact.dtype, data=fact.data, kind=fact.kind, items=fact.items)
 
 
 @rule("Dropout")
@@ -247,8 +247,9 @@ def layer_normalization(call: Call) -> None:
                 f"the scale {dim_math.text(scale)} does not fit {dim_math.text(dims)}",
                 f"its shape must broadcast to the axes from {axis} on",
             )
+    statistics = ir.DataType(call.attr("stash_type", ir.DataType.FLOAT))
     for output in (1, 2):
-        call.put(output, (*dims[:axis], *(1 for _ in dims[axis:])))
+        call.put(output, (*dims[:axis], *(1 for _ in dims[axis:])), dtype=statistics)
 
 
 # --- broadcasting ----------------------------------------------------------------------------

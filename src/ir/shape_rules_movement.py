@@ -272,7 +272,9 @@ def tile(call: Call) -> None:
 
 
 def _whole(element: Element) -> Dim:
-    return dim_math.UNKNOWN if isinstance(element, float) else element
+    if isinstance(element, float):
+        return int(element) if element.is_integer() else dim_math.UNKNOWN
+    return element
 
 
 @rule("DepthToSpace SpaceToDepth")

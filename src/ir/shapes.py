@@ -188,14 +188,19 @@ class ShapeInference:
         """Re-infer one node; whether anything about its outputs changed."""
         return self._visit(node)
 
-    def infer_graph(self, graph: ir.Graph) -> None:
-        """Infer a subgraph whose inputs have been bound."""
+    def infer_graph(self, graph: ir.Graph, *, reachable: bool = True) -> None:
+        """Infer a subgraph whose inputs have been bound; one that never runs may contradict."""
+        strict, kept = self.strict, len(self.diagnostics)
+        self.strict = strict and reachable
         self._depth += 1
         try:
             for node in graph:
                 self._visit(node)
         finally:
             self._depth -= 1
+            self.strict = strict
+        if not reachable:
+            del self.diagnostics[kept:]
 
     def report(self) -> ShapeReport:
         """Counts, diagnostics and followed data so far."""
@@ -264,7 +269,7 @@ class ShapeInference:
             dims = None  # a body declares what its caller contradicts: the caller is right
         merged = fact.dims if dims is None else self._merge(value, dims, fact.dims)
         dtype = fact.dtype if fact.dtype is not None or kind is None else kind.dtype
-        bound = Fact(dtype, merged, fact.data, fact.kind)
+        bound = Fact(dtype, merged, fact.data, fact.kind, fact.items)
         self._facts[value] = bound
         self._write(value, bound)
 
@@ -363,7 +368,14 @@ class ShapeInference:
             self.opsets = outer
         for index, value in enumerate(function.outputs):
             fact = self.fact(value)
-            call.put(index, fact.dims, dtype=fact.dtype, data=fact.data, kind=fact.kind)
+            call.put(
+                index,
+                fact.dims,
+                dtype=fact.dtype,
+                data=fact.data,
+                kind=fact.kind,
+                items=fact.items,
+            )
 
     def _report(self, node: ir.Node, found: Contradiction) -> None:
         where = describe_node(node)
@@ -412,7 +424,7 @@ class ShapeInference:
             merged = self._merge(value, dims, result.dims)
         if result.dims is None and merged is not None:
             merged = self._name_unknown(value, merged)
-        self._facts[value] = Fact(result.dtype, merged, result.data, result.kind)
+        self._facts[value] = Fact(result.dtype, merged, result.data, result.kind, result.items)
         shown = self._shown(dims, merged) if is_output and dims is not None else merged
         return self._write(value, Fact(result.dtype, shown, None, result.kind))
 
@@ -467,13 +479,19 @@ class ShapeInference:
         return declared if made_up else inferred
 
     def _shown(self, declared: Dims, merged: Dims | None) -> Dims | None:
-        """A graph output's shape as written: the names it declares stay."""
+        """A graph output's shape as written: the names it declares stay, made-up ones stay out."""
         if merged is None or len(merged) != len(declared):
             return merged
-        return tuple(
-            new if isinstance(new, int) or isinstance(old, int) or dim_math.is_unknown(old) else old
-            for old, new in zip(declared, merged, strict=True)
-        )
+        shown = []
+        for old, new in zip(declared, merged, strict=True):
+            if isinstance(new, int) or isinstance(old, int):
+                shown.append(new)
+            elif dim_math.is_unknown(old):
+                made_up = dim_math.free_symbols(new) & self._fresh_names
+                shown.append(old if made_up else new)
+            else:
+                shown.append(old)
+        return tuple(shown)
 
     def _write(self, value: ir.Value, fact: Fact) -> bool:
         """Write a fact to the value; whether that changed it. An initializer keeps its own."""
