@@ -24,7 +24,7 @@ from .passes.driver import run_passes, sort_by_stage
 from .passes.ledger import Ledger
 from .passes.probe import Probe, default_dims, working_sample
 from .passes.spec import format_passes
-from .pipelines import epilogue, parse_recipe, prelude
+from .pipelines import epilogue, parse_recipe
 from .samples import as_feeds
 from .speed import Speed, compare, runner_of
 from .targets.feed import input_specs
@@ -80,7 +80,7 @@ def compile(  # noqa: A001 - the name users look for
     device = get_target(target)
     graph = _load(model, example_inputs, dynamic_shapes, input_shapes, weights_required=True)
     notes = load_notes(graph)
-    chosen = sort_by_stage([*prelude(), *parse_recipe(recipe), *passes, *epilogue()])
+    chosen = sort_by_stage([*parse_recipe(recipe), *passes, *epilogue()])
     feeds = None if calibration is None else as_feeds(calibration, input_specs(graph))
     feed, sizes = _sample(graph, feeds, dims)
     context = Context(device, feeds, sizes, progress or _silent)
@@ -100,7 +100,7 @@ def compile(  # noqa: A001 - the name users look for
     compiled = Compiled(
         model=graph,
         target=device,
-        recipe=format_passes(chosen[len(prelude()) : -len(epilogue())]) or "none",
+        recipe=format_passes(chosen[: -len(epilogue())]) or "none",
         ledger=ledger,
         placement=placement,
         notes=notes,
@@ -147,7 +147,6 @@ def estimate(
     )
     sizes = default_dims(graph, dims)
     context = Context(device, None, sizes)
-    graph, _ = run_passes(graph, prelude(), context)
     reports: list[CostReport] = []
     failed: dict[str, str] = {}
     shared: dict[str, ir.Model] = {}
@@ -186,7 +185,7 @@ def bisect(
     graph = _load(model, example_inputs, None, input_shapes, weights_required=True)
     feeds = None if calibration is None else as_feeds(calibration, input_specs(graph))
     sample, sizes = _sample(graph, [feed] if feed is not None else feeds, dims)
-    chosen = [*prelude(), *parse_recipe(recipe), *passes, *epilogue()]
+    chosen = [*parse_recipe(recipe), *passes, *epilogue()]
     context = Context(get_target(target), feeds, sizes)
     folder = None if out is None else Path(out)
     return bisect_passes(graph, chosen, context, sample, tolerance=tolerance, out=folder)

@@ -17,7 +17,7 @@ from .passes.cleanup.dead_code import DeadCode
 from .passes.cleanup.duplicates import Duplicates
 from .passes.cleanup.folding import FoldConstants
 from .passes.cleanup.identities import Identities
-from .passes.cleanup.shape_folding import FoldShapes, InferShapes
+from .passes.cleanup.shape_folding import FoldShapes
 from .passes.driver import sort_by_stage
 from .passes.fuse.activations import FuseActivations
 from .passes.fuse.affine import FoldAffine
@@ -82,11 +82,6 @@ def parse_recipe(text: str) -> list[Pass]:
     for spec in specs:
         passes += _expand(spec)
     return sort_by_stage(_without_repeats(passes))
-
-
-def prelude() -> list[Pass]:
-    """What runs before any recipe."""
-    return [InferShapes()]
 
 
 def epilogue() -> list[Pass]:

@@ -1,6 +1,6 @@
 """Running passes: what every pass needs and none writes.
 
-Here: order by stage, verification before and after, the interface check, repetition to a fixpoint,
+Here: order by stage, shapes for every value, verification before and after, the interface check, repetition to a fixpoint,
 timing, the ledger line, numeric error, and errors that name the pass. Not here: which passes a
 recipe means (`pipelines`), finding a guilty pass (`bisect`).
 """
@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from ..errors import EdgepassError, InvalidGraphError, PassFailedError, WeightsAbsentError
 from ..ir.graph import absent_weights, index_names
+from ..ir.shapes import infer_shapes
 from ..ir.verify import Signature, interface, interface_difference, verify
 from .base import Context, Pass, PassResult, Stage
 from .ledger import Ledger, LedgerRow, Measure, measure
@@ -60,11 +61,13 @@ def run_passes(
 
     Raises:
         InvalidGraphError: the model is unsound before the first pass.
+        ShapeError: a node's shapes contradict its operator.
         WeightsAbsentError: a pass needs weights that the model lacks.
         PassFailedError: a pass raised, or left an unsound model or another interface.
     """
     context = context or Context()
     verify(model)
+    infer_shapes(model)
     state = _Progress(model, context, Ledger(), measure(model, context.dims), probe=probe)
     if probe is not None:
         _reference(state)

@@ -229,7 +229,8 @@ _NODE_NAMES = (
     re.compile(r"In Node, \(\"([^\"]+)\""),
     re.compile(r"Name:'([^']+)'"),
     re.compile(r"Node ?\(([^()\s]+)\)"),
-    re.compile(r"node:? ?\(?'?([^\s()']+)'?\)?", re.IGNORECASE),
+    re.compile(r"same node name \(([^)]+)\)"),
+    re.compile(r"\bnode:\s*'?([^\s',()]+)", re.IGNORECASE),
 )
 
 

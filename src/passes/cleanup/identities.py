@@ -264,6 +264,23 @@ class MergeIdempotent(_Cleanup):
 
 
 @dataclasses.dataclass(frozen=True)
+class RemoveInversePair(_Cleanup):
+    """Neg(Neg(x)) -> x, Reciprocal excluded (it is not exact), Not(Not(x)) -> x."""
+
+    def pattern(self) -> tuple[OpPattern, ...]:
+        return tuple(
+            op.one_of((name,), op.one_of((name,), var("x"), _shared=True))
+            for name in ("Neg", "Not", "BitwiseNot")
+        )
+
+    def check(self, m: Match, context: Context) -> str | None:
+        return _must_stay(m.root.outputs[0], m["x"])
+
+    def rewrite(self, m: Match, build: Builder) -> ir.Value:
+        return m["x"]
+
+
+@dataclasses.dataclass(frozen=True)
 class Identities(RuleGroup):
     """Removes operators that change nothing (Identity, Dropout, neutral arithmetic, casts,
     reshapes and transposes to what is already there) and pairs that undo each other.
@@ -285,6 +302,7 @@ class Identities(RuleGroup):
         MergeTransposes,
         MergeReshapes,
         MergeIdempotent,
+        RemoveInversePair,
     )
 
 

@@ -15,18 +15,6 @@ from ..base import Context, Pass, PassResult, Stage
 
 
 @dataclasses.dataclass(frozen=True)
-class InferShapes(Pass):
-    """Gives every value its dtype and shape, symbolic dimensions kept. Changes no computation."""
-
-    stage: ClassVar[Stage] = Stage.IMPORT
-    idempotent: ClassVar[bool] = True
-
-    def run(self, model: ir.Model, context: Context) -> PassResult:
-        infer_shapes(model)
-        return PassResult(model, False)
-
-
-@dataclasses.dataclass(frozen=True)
 class FoldShapes(Pass):
     """Replaces integer tensors that shape inference knows by constants.
 
