@@ -223,7 +223,7 @@ def _sample(
         return working_sample(graph, dims)
     sizes: dict[str, int] = {}
     for value in graph.graph.inputs:
-        if value.name in feeds[0] and value.shape is not None:
+        if value.name is not None and value.name in feeds[0] and value.shape is not None:
             for axis, size in enumerate(feeds[0][value.name].shape):
                 if not isinstance(value.shape.dims[axis], int):
                     sizes.setdefault(dim_name(value, axis), size)

@@ -89,7 +89,7 @@ def _unstack(stacks: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> list[Fe
             fix="give each input one entry a sample along its first axis",
         )
     total = next(iter(counts.values()))
-    feeds = []
+    feeds: list[Feed] = []
     for i in range(total):
         feeds.append(
             {

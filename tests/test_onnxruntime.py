@@ -265,6 +265,16 @@ def test_emit_puts_big_weights_beside_the_model(tmp_path: Path):
         emit(dense(), TARGET, tmp_path, ("tflite",))
 
 
+def test_repeated_node_names_are_numbered(tmp_path: Path):
+    model = dense()
+    for node in model.graph:
+        node.name = "same"
+    OrtRunner(model).run({"x": sample()})
+    assert [node.name for node in ir.from_proto(ir.to_proto(model)).graph] == ["same", "same"]
+    (path,) = write_onnx(model, tmp_path / "model.onnx")
+    assert [node.name for node in ir.load(path).graph] == ["same", "same_1"]
+
+
 def test_the_exporters_paths_stay_out_of_the_file():
     model = dense()
     node = next(iter(model.graph))

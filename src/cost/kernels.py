@@ -255,6 +255,8 @@ def _is_weight(value: ir.Value) -> bool:
 def _conversions(node: ir.Node, storage: Storage) -> Iterable[Kernel]:
     if storage.is_plain:
         return
+    for value in storage.unpacked(node):
+        yield _conversion("DequantizeLinear", value, (node,), storage)
     for op, value in storage.conversions(node):
         yield _conversion(op, value, (node,), storage)
 

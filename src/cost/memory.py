@@ -107,8 +107,7 @@ class _Liveness:
         extra: list[int] = []
         for i, node in enumerate(nodes):
             opened.append(self._open(i, node))
-            transient = sum(self.storage.transient_bytes(v) for v in node.outputs)
-            extra.append(transient + self._body_bytes(node))
+            extra.append(self.storage.transient_bytes(node) + self._body_bytes(node))
         alive = self._sweep(opened, extra)
         if not alive:
             total = sum(self.size.values())

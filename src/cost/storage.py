@@ -25,6 +25,12 @@ from ..ir.quant import (
 from ..targets.target import Runtime, Target
 
 
+_COMPUTE = frozenset(op for op, row in INTEGER_OPS.items() if row.weighted)
+"""Not folded: a Conv of constants is a mistake in a graph and stays visible."""
+UNPACKING = ("MatMul", "Gemm")
+"""Float operators whose kernels read packed integer weights (ONNX Runtime's MatMulNBits)."""
+
+
 class Storage:
     """The main graph's values as the runtime holds them; `dims` binds symbolic dimensions.
 
@@ -49,7 +55,8 @@ class Storage:
             names = set(plan.nodes)
             self.integer_nodes.update(n for n in model.graph if node_name(n) in names)
         self.folded = folded_values(model.graph)
-        self.is_plain = not self._entries and not self.integer_nodes
+        self._kept = plan.kept if plan is not None else frozenset()
+        self.is_plain = not self._entries and not any(is_dequantize(node) for node in model.graph)
 
     # --- what becomes of a value -----------------------------------------------------------------
 
@@ -96,7 +103,11 @@ class Storage:
             return False
         users = [use.node for use in value.uses()]
         if is_dequantize(node):
-            return bool(users) and all(user in self.integer_nodes for user in users)
+            if not users:
+                return False
+            if self.integers and constant_tensor(node.inputs[0]) is not None:
+                return all(u in self.integer_nodes or is_onnx_op(u, *UNPACKING) for u in users)
+            return all(user in self.integer_nodes for user in users)
         if node in self.integer_nodes and len(users) == 1:
             return is_quantize(users[0]) or self.absorbed(users[0]) is node
         return False
@@ -110,6 +121,20 @@ class Storage:
     def has_integer_readers(self, value: ir.Value) -> bool:
         """Whether an integer node reads the value."""
         return any(use.node in self.integer_nodes for use in value.uses())
+
+    def unpacked(self, node: ir.Node) -> Iterator[ir.Value]:
+        """Weights that a plan stores in integers and that are made floats each time a node runs.
+
+        MatMul and Gemm unpack as they multiply, tables are looked up packed; Conv has no such
+        kernel.
+        """
+        if self.is_plain or node in self.integer_nodes:
+            return
+        if is_onnx_op(node, "Conv", "ConvTranspose"):
+            for value in dict.fromkeys(v for v in node.inputs if v is not None):
+                spec = self._entries.get(value.name or "")
+                if spec is not None and spec.is_integer and value.name not in self._kept:
+                    yield value
 
     def conversions(self, node: ir.Node) -> Iterator[tuple[str, ir.Value]]:
         """Pairs that a plan puts behind a node and no integer kernel swallows, as (op, value)."""
@@ -139,7 +164,7 @@ class Storage:
     def read_bytes(self, node: ir.Node, value: ir.Value) -> int | None:
         """Bytes that a node reads of an input, should it read all of it."""
         producer = value.producer()
-        if node in self.integer_nodes and is_dequantize(producer):
+        if is_dequantize(producer) and self.is_fused_away(value):
             stored = producer.inputs[0]  # type: ignore[union-attr]
             return None if stored is None else self.full_bytes(stored)
         if self.is_fused_away(value):
@@ -147,8 +172,11 @@ class Storage:
         spec = self.spec(value)
         if spec is None:
             return self.full_bytes(value)
-        if not spec.is_integer or self.is_constant(value) or node in self.integer_nodes:
+        if not spec.is_integer or node in self.integer_nodes:
             return self.planned_bytes(value)
+        if self.is_constant(value) and value.name not in self._kept:
+            unpacked = is_onnx_op(node, "Conv", "ConvTranspose")
+            return self.full_bytes(value) if unpacked else self.planned_bytes(value)
         return self.full_bytes(value)
 
     def written_bytes(self, value: ir.Value) -> int | None:
@@ -176,12 +204,20 @@ class Storage:
             return full + (small if self._is_stored_small(value) else 0)
         return small if self._is_stored_small(value) else full
 
-    def transient_bytes(self, value: ir.Value) -> int:
-        """Bytes held only while the producer runs: the float that is quantized at once."""
-        if self.is_plain or self.spec(value) is None or self.is_made_in_integers(value):
+    def transient_bytes(self, node: ir.Node) -> int:
+        """Bytes held only while a node runs: unpacked weights, a result that is quantized at once.
+
+        For plans; where Q/DQ pairs are in the graph their values say it.
+        """
+        if self.is_plain:
             return 0
-        held, full = self.held_bytes(value), self.full_bytes(value)
-        return full if held and full and held < full else 0
+        total = sum(self.full_bytes(value) or 0 for value in self.unpacked(node))
+        for value in node.outputs:
+            if self.spec(value) is None or self.is_made_in_integers(value):
+                continue
+            held, full = self.held_bytes(value), self.full_bytes(value)
+            total += full if held and full and held < full else 0
+        return total
 
     def _is_stored_small(self, value: ir.Value) -> bool:
         return self.is_made_in_integers(value) or self.has_integer_readers(value)
@@ -225,12 +261,7 @@ def folded_values(graph: ir.Graph) -> frozenset[ir.Value]:
             inputs
             and all(v in folded or constant_tensor(v) is not None for v in inputs)
             and is_pure(node)
-            and node.op_type not in INTEGER_OPS_ON_WEIGHTS
+            and node.op_type not in _COMPUTE
         ):
             folded.update(node.outputs)
     return frozenset(folded)
-
-
-INTEGER_OPS_ON_WEIGHTS = frozenset(
-    op for op, row in INTEGER_OPS.items() if row.weighted
-)  # a Conv of constants is a mistake in the graph, not a constant: it stays visible

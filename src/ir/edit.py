@@ -308,6 +308,7 @@ def _drop_if_unused(value: ir.Value) -> None:
         and not value.uses()
         and not value.is_graph_input()
         and not value.is_graph_output()
+        and value.name is not None
         and value.name in graph.initializers
     ):
         del graph.initializers[value.name]

@@ -132,11 +132,21 @@ def any_of(*alternatives: ValuePattern) -> AnyOf:
 
 @dataclasses.dataclass(frozen=True)
 class Mismatch:
-    """Why a pattern did not match. `depth` is how many pattern nodes did, before."""
+    """Why a pattern did not match. `depth` is how many pattern nodes did, before.
+
+    `place` is the node or value where it stopped; `where` describes it.
+    """
 
     reason: str
-    where: str = ""
+    place: ir.Node | ir.Value | None = None
     depth: int = 0
+
+    @property
+    def where(self) -> str:
+        """The node or value where the match stopped, in words."""
+        if isinstance(self.place, ir.Node):
+            return describe_node(self.place)
+        return "" if self.place is None else describe_value(self.place)
 
     def __bool__(self) -> bool:
         return False
@@ -202,7 +212,7 @@ def match(pattern: OpPattern, node: ir.Node) -> Match | Mismatch:
             if value.is_graph_output():
                 return Mismatch(
                     f"the inner value {value.name!r} is an output of the graph",
-                    describe_node(inner),
+                    inner,
                     len(found.inner),
                 )
             for user in value.consumers():
@@ -210,7 +220,7 @@ def match(pattern: OpPattern, node: ir.Node) -> Match | Mismatch:
                     return Mismatch(
                         f"the inner value {value.name!r} is also used by "
                         f"{user.op_type} {user.name!r}",
-                        describe_node(inner),
+                        inner,
                         len(found.inner),
                     )
     return found
@@ -220,20 +230,18 @@ def _match_node(pattern: OpPattern, node: ir.Node, found: Match, depth: int) -> 
     if node.op_type not in pattern.op_types or not _same_domain(node.domain, pattern.domain):
         return Mismatch(
             f"expected {' or '.join(pattern.op_types)}, found {node.op_type}",
-            describe_node(node),
+            node,
             depth,
         )
     for name, wanted in pattern.attributes:
         actual = attribute(node, name)
         if actual != wanted:
-            return Mismatch(
-                f"attribute {name} is {actual!r}, not {wanted!r}", describe_node(node), depth + 1
-            )
+            return Mismatch(f"attribute {name} is {actual!r}, not {wanted!r}", node, depth + 1)
     extra = [i for i in node.inputs[len(pattern.inputs) :] if i is not None]
     if extra and not pattern.rest:
         return Mismatch(
             f"{node.op_type} has {len(node.inputs)} inputs, expected {len(pattern.inputs)}",
-            describe_node(node),
+            node,
             depth + 1,
         )
     best: Mismatch | None = None
@@ -264,10 +272,10 @@ def _match_inputs(
         value = node.inputs[i] if i < len(node.inputs) else None
         if wanted is None:
             if value is not None:
-                return Mismatch(f"input {i} should be absent", describe_node(node), depth)
+                return Mismatch(f"input {i} should be absent", node, depth)
             continue
         if value is None:
-            return Mismatch(f"input {i} is absent", describe_node(node), depth)
+            return Mismatch(f"input {i} is absent", node, depth)
         failure = _match_value(wanted, value, found, depth)
         if failure is not None:
             return failure
@@ -282,7 +290,7 @@ def _match_value(
         if bound is not value:
             return Mismatch(
                 f"{pattern.name!r} is {bound.name!r} in one place and {value.name!r} in another",
-                describe_value(value),
+                value,
                 depth,
             )
         return None
@@ -308,17 +316,13 @@ def _match_producer(
     producer = value.producer()
     wanted = " or ".join(pattern.op_types)
     if producer is None:
-        return Mismatch(
-            f"expected {wanted}, found a graph input or weight", describe_value(value), depth
-        )
+        return Mismatch(f"expected {wanted}, found a graph input or weight", value, depth)
     if value.index() != pattern.output:
-        return Mismatch(
-            f"expected output {pattern.output} of {wanted}", describe_node(producer), depth
-        )
+        return Mismatch(f"expected output {pattern.output} of {wanted}", producer, depth)
     if producer.graph is not found.root.graph:
         return Mismatch(
             f"{producer.op_type} is in another graph (an If or Loop body lies between)",
-            describe_node(producer),
+            producer,
             depth,
         )
     found.inner.append((producer, not pattern.shared))
@@ -328,27 +332,23 @@ def _match_producer(
 def _match_const(pattern: Const, value: ir.Value, found: Match, depth: int) -> Mismatch | None:
     tensor = constant_tensor(value)
     if tensor is None:
-        return Mismatch("expected a constant", describe_value(value), depth)
+        return Mismatch("expected a constant", value, depth)
     if pattern.value is not None:
         actual = constant_scalar(value)
         if actual is None:
-            return Mismatch(
-                f"expected the constant {pattern.value:g}", describe_value(value), depth
-            )
+            return Mismatch(f"expected the constant {pattern.value:g}", value, depth)
         if abs(actual - pattern.value) > pattern.tolerance * max(abs(pattern.value), 1e-30):
             return Mismatch(
                 f"expected the constant {pattern.value:g}, found {actual:g}",
-                describe_value(value),
+                value,
                 depth,
             )
     elif pattern.data and constant_array(value) is None:
-        return Mismatch("the weight has no data", describe_value(value), depth)
+        return Mismatch("the weight has no data", value, depth)
     if pattern.name:
         bound = found.values.setdefault(pattern.name, value)
         if bound is not value:
-            return Mismatch(
-                f"{pattern.name!r} stands for two constants", describe_value(value), depth
-            )
+            return Mismatch(f"{pattern.name!r} stands for two constants", value, depth)
     return None
 
 

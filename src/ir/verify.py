@@ -107,8 +107,13 @@ def _check_graph(
     added: list[str] = []
     shadowed: list[tuple[str, ir.Value]] = []
 
-    def define(value: ir.Value, where: str) -> Iterator[Finding]:
+    def define(value: ir.Value, place: str | ir.Node) -> Iterator[Finding]:
         name = value.name
+        if name is not None and scope.get(name) is None:
+            added.append(name)
+            scope[name] = value
+            return
+        where = place if isinstance(place, str) else describe_node(place)
         if name is None:
             yield _finding(
                 "A value has no name", where, "it could not be saved", "name every node output"
@@ -117,16 +122,13 @@ def _check_graph(
         present = scope.get(name)
         if present is value:
             return
-        if present is not None:
-            yield _finding(
-                f"Two values are called {name!r}",
-                where,
-                "a use of that name would be ambiguous",
-                "give values unique names, over subgraphs too",
-            )
-            shadowed.append((name, present))
-        else:
-            added.append(name)
+        yield _finding(
+            f"Two values are called {name!r}",
+            where,
+            "a use of that name would be ambiguous",
+            "give values unique names, over subgraphs too",
+        )
+        shadowed.append((name, scope[name]))
         scope[name] = value
 
     for value in graph.inputs:
@@ -148,7 +150,7 @@ def _check_graph(
         for output in node.outputs:
             if output.name == "":
                 continue
-            yield from define(output, describe_node(node))
+            yield from define(output, node)
     for i, value in enumerate(graph.outputs):
         if value.name is not None and scope.get(value.name) is not value:
             yield _finding(

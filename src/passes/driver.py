@@ -1,8 +1,8 @@
 """Running passes: what every pass needs and none writes.
 
-Here: order by stage, shapes for every value, verification before and after, the interface check, repetition to a fixpoint,
-timing, the ledger line, numeric error, and errors that name the pass. Not here: which passes a
-recipe means (`pipelines`), finding a guilty pass (`bisect`).
+Here: order by stage, shapes for every value, verification before and after, the interface check,
+repetition to a fixpoint, timing, the ledger line, numeric error, and errors that name the pass. Not
+here: which passes a recipe means (`pipelines`), finding a guilty pass (`bisect`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from ..errors import EdgepassError, InvalidGraphError, PassFailedError, WeightsAbsentError
@@ -34,10 +35,10 @@ class _Progress:
     context: Context
     ledger: Ledger
     current: Measure
-    reference: dict[str, object] | None = None
+    reference: dict[str, np.ndarray] | None = None
     unchecked: str = ""
     probe: Probe | None = None
-    first: dict[str, object] | None = None
+    first: dict[str, np.ndarray] | None = None
     before_names: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -105,7 +106,7 @@ def run_passes(
         state.ledger.rows.extend(rows[i] for i in sorted(rows))
     context.progress(total, total, "")
     if state.first is not None and state.reference is not None:
-        state.ledger.total_error = numeric_error(state.first, state.reference)  # type: ignore[arg-type]
+        state.ledger.total_error = numeric_error(state.first, state.reference)
     return state.model, state.ledger
 
 
@@ -142,7 +143,7 @@ def _run_one(state: _Progress, item: Pass) -> LedgerRow:
         if state.probe is not None:
             after = dict(state.probe.run(result.model))
             assert state.reference is not None
-            error = numeric_error(state.reference, after)  # type: ignore[arg-type]
+            error = numeric_error(state.reference, after)
             state.reference, note = after, ""
     state.before_names.append(str(item))
     return LedgerRow(

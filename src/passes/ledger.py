@@ -130,7 +130,7 @@ class Ledger:
         return table
 
     def _lines(self) -> list[tuple[str, ...]]:
-        lines = []
+        lines: list[tuple[str, ...]] = []
         for row in self.rows:
             error = str(row.error) if row.error is not None else row.error_note or "-"
             lines.append(

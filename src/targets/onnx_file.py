@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import onnx
@@ -183,6 +183,7 @@ def _canonicalize(proto: onnx.ModelProto) -> None:
     _strip(proto.metadata_props)
     for function in proto.functions:
         _strip(function.metadata_props)
+        _unique_names(function.node)
         for node in function.node:
             _canonicalize_node(node)
     _canonicalize_graph(proto.graph)
@@ -198,6 +199,7 @@ def _canonicalize_graph(graph: onnx.GraphProto) -> None:
             graph.value_info.extend(infos)
     for info in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
         _strip(info.metadata_props)
+    _unique_names(graph.node)
     for node in graph.node:
         _canonicalize_node(node)
 
@@ -217,6 +219,26 @@ def _canonicalize_node(node: onnx.NodeProto) -> None:
         elif attribute.type == onnx.AttributeProto.GRAPHS:
             for graph in attribute.graphs:
                 _canonicalize_graph(graph)
+
+
+def _unique_names(nodes: Iterable[onnx.NodeProto]) -> None:
+    """Number repeated names: nodes a pass made in one's place share it, ONNX Runtime refuses that.
+
+    (Seen with 1.32: "two nodes with same node name".)
+    """
+    nodes = list(nodes)
+    taken = {node.name for node in nodes}
+    seen: set[str] = set()
+    for node in nodes:
+        if not node.name or node.name not in seen:
+            seen.add(node.name)
+            continue
+        base, number = node.name, 1
+        while f"{base}_{number}" in taken:
+            number += 1
+        node.name = f"{base}_{number}"
+        taken.add(node.name)
+        seen.add(node.name)
 
 
 def _strip(entries: object) -> None:

@@ -229,7 +229,7 @@ def _run(
         return copies[id(value)]
 
     for node in nodes:
-        outputs = []
+        outputs: list[ir.Value] = []
         for value in node.outputs:
             copy = ir.Value(name=f"v{len(made)}_{len(outputs)}", shape=value.shape, type=value.type)
             copies[id(value)] = copy

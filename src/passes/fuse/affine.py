@@ -82,7 +82,8 @@ def _scale_weight(node: ir.Node, data: np.ndarray, scale: np.ndarray) -> np.ndar
         split = wide.reshape(groups, data.shape[0] // groups, *data.shape[1:])
         factor = scale.reshape(groups, 1, data.shape[1], *([1] * (data.ndim - 2)))
         scaled = (split * factor).reshape(data.shape)
-    return scaled.astype(data.dtype)
+    result: np.ndarray = scaled.astype(data.dtype)
+    return result
 
 
 def _absent_bias(dtype: ir.DataType, channels: int, build: Builder) -> ir.Value:
