@@ -228,17 +228,16 @@ def _unique_names(nodes: Iterable[onnx.NodeProto]) -> None:
     """
     nodes = list(nodes)
     taken = {node.name for node in nodes}
-    seen: set[str] = set()
+    copies: dict[str, int] = {}
     for node in nodes:
-        if not node.name or node.name not in seen:
-            seen.add(node.name)
+        base = node.name
+        if not base or base not in copies:
+            copies[base] = 0
             continue
-        base, number = node.name, 1
-        while f"{base}_{number}" in taken:
-            number += 1
-        node.name = f"{base}_{number}"
+        while node.name in taken:
+            copies[base] += 1
+            node.name = f"{base}_{copies[base]}"
         taken.add(node.name)
-        seen.add(node.name)
 
 
 def _strip(entries: object) -> None:
