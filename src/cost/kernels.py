@@ -66,7 +66,7 @@ def kernels(
     storage: Storage | None = None,
     costs: Costs | None = None,
 ) -> list[Kernel]:
-    """The kernels of the main graph, in the order of their first nodes.
+    """The kernels of the main graph, in the order of their first nodes; a plan's own Q and DQ last.
 
     Merged are: an activation in `target.fused_activations` behind a Conv or Gemm (TVM: any
     elementwise node), a residual Add behind a Conv, and the DequantizeLinear, QuantizeLinear and
@@ -82,10 +82,10 @@ def kernels(
             for node in group
         ]
         found.append(_kernel(group, known, storage))
-        for node in group:
-            found += _conversions(node, storage)
     if not storage.is_plain:
-        found = [*_input_conversions(model.graph, storage), *found]
+        found += _input_conversions(model.graph, storage)
+        for node in model.graph:
+            found += _conversions(node, storage)
     return found
 
 
@@ -172,7 +172,8 @@ def _kernel(group: Sequence[ir.Node], costs: Sequence[NodeCost], storage: Storag
         op="+".join(node.op_type for node in group),
         nodes=tuple(group),
         macs=total.macs,
-        flops=total.flops,
+        # Saturating and rescaling the result are part of an integer kernel, a few operations each.
+        flops=costs[0].flops if group[0] in storage.integer_nodes else total.flops,
         bytes_read=read,
         bytes_written=written,
         weight_bytes=weights,
@@ -253,8 +254,6 @@ def _is_weight(value: ir.Value) -> bool:
 
 
 def _conversions(node: ir.Node, storage: Storage) -> Iterable[Kernel]:
-    if storage.is_plain:
-        return
     for value in storage.unpacked(node):
         yield _conversion("DequantizeLinear", value, (node,), storage)
     for op, value in storage.conversions(node):

@@ -103,11 +103,13 @@ class _Liveness:
             if not value.is_initializer():
                 self.callers.add(value)
                 self._new_buffer(value, len(nodes), self.count_inputs)
+        copies = self._input_copies(nodes) if self.count_inputs else {}
         opened: list[list[ir.Value]] = []
         extra: list[int] = []
         for i, node in enumerate(nodes):
-            opened.append(self._open(i, node))
-            extra.append(self.storage.transient_bytes(node) + self._body_bytes(node))
+            transient = sum(self._transient_bytes(i, node, v) for v in node.outputs)
+            opened.append(self._open(i, node) + copies.get(i, []))
+            extra.append(transient + self.storage.unpacked_bytes(node) + self._body_bytes(node))
         alive = self._sweep(opened, extra)
         if not alive:
             total = sum(self.size.values())
@@ -128,6 +130,26 @@ class _Liveness:
             alive.append(now + extra[i])
             now -= freed.get(i, 0)
         return alive
+
+    def _input_copies(self, nodes: list[ir.Node]) -> dict[int, list[ir.Value]]:
+        """Buffers for the 8-bit copies of graph inputs, by the node that needs each first."""
+        copies: dict[int, list[ir.Value]] = {}
+        for value in self.callers:
+            size = self.storage.input_copy_bytes(value)
+            if not size:
+                continue
+            users = {use.node for use in value.uses()} & self.storage.integer_nodes
+            readers = [i for i, node in enumerate(nodes) if node in users]
+            copy = ir.Value(name=f"{value.name}/quantized")
+            self.size[copy], self.until[copy] = size, readers[-1]
+            copies.setdefault(readers[0], []).append(copy)
+        return copies
+
+    def _transient_bytes(self, i: int, node: ir.Node, value: ir.Value) -> int:
+        size = self.storage.transient_bytes(value)
+        if size and is_elementwise(node) and self._dying_buffer(i, node, size) is not None:
+            return 0
+        return size
 
     def _new_buffer(self, value: ir.Value, until: int, counted: bool = True) -> None:
         size = self.storage.held_bytes(value) if counted else 0
@@ -168,11 +190,14 @@ class _Liveness:
         if value in self.outputs or not is_elementwise(node):
             return None
         size = self.storage.held_bytes(value)
+        return self._dying_buffer(i, node, size) if size else None
+
+    def _dying_buffer(self, i: int, node: ir.Node, size: int) -> ir.Value | None:
+        """An input's buffer of that size that nobody needs after the node."""
         for source in node.inputs:
             root = None if source is None else self.root.get(source)
             if (
                 root is not None
-                and size
                 and self.until[root] == i
                 and self.size[root] == size
                 and root not in self.callers

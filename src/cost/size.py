@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from ..ir.graph import constant_tensor, graphs, is_onnx_op
+from ..ir.graph import attribute, constant_tensor, graphs, is_onnx_op
 from ..ir.quant import (
     PerBlock,
     PerChannel,
@@ -222,6 +222,10 @@ def _weight_elements(value: ir.Value) -> int:
         return 0
     elements = math.prod(dims)
     uses = value.uses()
+    packed = [use for use in uses if use.node.op_type == "MatMulNBits"]
+    if packed:  # two 4-bit weights to a byte; the other inputs are scales and zero points
+        node = packed[0].node
+        return int(attribute(node, "K", 0)) * int(attribute(node, "N", 0)) * (packed[0].idx == 1)
     if uses and all(is_qdq(use.node) for use in uses):
         return elements if any(use.idx == 0 for use in uses) else 0
     if dtype in (ir.DataType.STRING, ir.DataType.BOOL):

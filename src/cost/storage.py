@@ -17,13 +17,13 @@ from ..ir.quant import (
     INTEGER_OPS,
     QuantPlan,
     QuantSpec,
+    data_inputs,
     integer_islands,
     is_dequantize,
     is_qdq,
     is_quantize,
 )
 from ..targets.target import Runtime, Target
-
 
 _COMPUTE = frozenset(op for op, row in INTEGER_OPS.items() if row.weighted)
 """Not folded: a Conv of constants is a mistake in a graph and stays visible."""
@@ -57,6 +57,35 @@ class Storage:
         self.folded = folded_values(model.graph)
         self._kept = plan.kept if plan is not None else frozenset()
         self.is_plain = not self._entries and not any(is_dequantize(node) for node in model.graph)
+        if plan is not None and self.integer_nodes:
+            self._join_neighbours(model.graph)
+
+    def _join_neighbours(self, graph: ir.Graph) -> None:
+        """Nodes that a plan does not name but whose values all pass through its pairs.
+
+        A runtime sees the pairs only, and runs such a node (Sigmoid) in integers too.
+        """
+        for node in graph:
+            if node in self.integer_nodes or not is_onnx_op(node, *INTEGER_OPS):
+                continue
+            values = [node.inputs[i] for i in data_inputs(node)]
+            if all(v is not None and self._comes_in_integers(v) for v in values) and all(
+                self._goes_to_integers(v) for v in node.outputs
+            ):
+                self.integer_nodes.add(node)
+
+    def _comes_in_integers(self, value: ir.Value) -> bool:
+        spec = self._entries.get(value.name or "")
+        return (
+            spec is not None
+            and spec.is_integer
+            and constant_tensor(value) is None
+            and self.is_made_in_integers(value)
+        )
+
+    def _goes_to_integers(self, value: ir.Value) -> bool:
+        spec = self._entries.get(value.name or "")
+        return spec is not None and spec.is_integer and not self.has_float_readers(value)
 
     # --- what becomes of a value -----------------------------------------------------------------
 
@@ -198,26 +227,32 @@ class Storage:
         small, full = self.planned_bytes(value), self.full_bytes(value)
         if small is None or full is None or not spec.is_integer:
             return small
-        if value.producer() is None:  # the caller's array stays as it is
-            return full + small
+        if value.producer() is None:  # the caller's array; `input_copy_bytes` is on top
+            return full
         if self.has_float_readers(value):
             return full + (small if self._is_stored_small(value) else 0)
         return small if self._is_stored_small(value) else full
 
-    def transient_bytes(self, node: ir.Node) -> int:
-        """Bytes held only while a node runs: unpacked weights, a result that is quantized at once.
+    def input_copy_bytes(self, value: ir.Value) -> int:
+        """Bytes of the 8-bit copy that a plan makes of a graph input."""
+        spec = self.spec(value)
+        if spec is None or not spec.is_integer or not self.has_integer_readers(value):
+            return 0
+        return self.planned_bytes(value) or 0
+
+    def unpacked_bytes(self, node: ir.Node) -> int:
+        """Bytes of the floats made of a plan's weights while a node runs."""
+        return sum(self.full_bytes(value) or 0 for value in self.unpacked(node))
+
+    def transient_bytes(self, value: ir.Value) -> int:
+        """Bytes held only while the producer runs: the float that is quantized at once.
 
         For plans; where Q/DQ pairs are in the graph their values say it.
         """
-        if self.is_plain:
+        if self.is_plain or self.spec(value) is None or self.is_made_in_integers(value):
             return 0
-        total = sum(self.full_bytes(value) or 0 for value in self.unpacked(node))
-        for value in node.outputs:
-            if self.spec(value) is None or self.is_made_in_integers(value):
-                continue
-            held, full = self.held_bytes(value), self.full_bytes(value)
-            total += full if held and full and held < full else 0
-        return total
+        held, full = self.held_bytes(value), self.full_bytes(value)
+        return full if held and full and held < full else 0
 
     def _is_stored_small(self, value: ir.Value) -> bool:
         return self.is_made_in_integers(value) or self.has_integer_readers(value)
