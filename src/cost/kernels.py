@@ -278,7 +278,7 @@ def _conversion(op: str, value: ir.Value, nodes: tuple[ir.Node, ...], storage: S
         op=op,
         nodes=nodes,
         macs=None if count is None else 0,
-        flops=2 * (count or 0),
+        flops=(4 if quantize else 2) * (count or 0),  # as in the operator table
         bytes_read=full if quantize else small,
         bytes_written=small if quantize else full,
         weight_bytes=0,

@@ -95,6 +95,9 @@ class _Liveness:
         self.size: dict[ir.Value, int] = {}
         self.until: dict[ir.Value, int] = {}
         self.callers: set[ir.Value] = set()
+        self.mixed = not storage.is_plain
+        self.floats: dict[ir.Value, ir.Value] = {}
+        self.position: dict[ir.Node, int] = {}
         self.reason = ""
 
     def run(self) -> ActivationMemory:
@@ -103,7 +106,8 @@ class _Liveness:
             if not value.is_initializer():
                 self.callers.add(value)
                 self._new_buffer(value, len(nodes), self.count_inputs)
-        copies = self._input_copies(nodes) if self.count_inputs else {}
+        self.position = {node: i for i, node in enumerate(nodes)} if self.mixed else {}
+        copies = self._input_copies() if self.count_inputs and self.mixed else {}
         opened: list[list[ir.Value]] = []
         extra: list[int] = []
         for i, node in enumerate(nodes):
@@ -131,25 +135,32 @@ class _Liveness:
             now -= freed.get(i, 0)
         return alive
 
-    def _input_copies(self, nodes: list[ir.Node]) -> dict[int, list[ir.Value]]:
+    def _input_copies(self) -> dict[int, list[ir.Value]]:
         """Buffers for the 8-bit copies of graph inputs, by the node that needs each first."""
         copies: dict[int, list[ir.Value]] = {}
         for value in self.callers:
             size = self.storage.input_copy_bytes(value)
-            if not size:
-                continue
-            users = {use.node for use in value.uses()} & self.storage.integer_nodes
-            readers = [i for i, node in enumerate(nodes) if node in users]
-            copy = ir.Value(name=f"{value.name}/quantized")
-            self.size[copy], self.until[copy] = size, readers[-1]
-            copies.setdefault(readers[0], []).append(copy)
+            if size:
+                readers = self._readers(value, integer=True)
+                copies.setdefault(min(readers), []).append(self._extra_buffer(size, max(readers)))
         return copies
 
-    def _transient_bytes(self, i: int, node: ir.Node, value: ir.Value) -> int:
-        size = self.storage.transient_bytes(value)
-        if size and is_elementwise(node) and self._dying_buffer(i, node, size) is not None:
-            return 0
-        return size
+    def _readers(self, value: ir.Value, *, integer: bool) -> list[int]:
+        """Positions of the nodes that read a value in 8 bits, or as floats."""
+        found = [
+            self.position[use.node]
+            for use in value.uses()
+            if use.node in self.position and (use.node in self.storage.integer_nodes) == integer
+        ]
+        if not integer and value.is_graph_output():
+            found.append(len(self.position) - 1)
+        return found
+
+    def _extra_buffer(self, size: int, until: int) -> ir.Value:
+        """A buffer that no value of the graph stands for."""
+        buffer = ir.Value()
+        self.size[buffer], self.until[buffer] = size, until
+        return buffer
 
     def _new_buffer(self, value: ir.Value, until: int, counted: bool = True) -> None:
         size = self.storage.held_bytes(value) if counted else 0
@@ -161,14 +172,16 @@ class _Liveness:
         self.until[value] = until
 
     def _open(self, i: int, node: ir.Node) -> list[ir.Value]:
-        """Give each output of a node a buffer; the new ones are returned."""
+        """Give each output of a node its buffers; the new ones are returned."""
         if is_onnx_op(node, "Constant"):
             return []
-        opened = []
+        opened: list[ir.Value] = []
         for index, value in enumerate(node.outputs):
             if not value.name or self.storage.is_constant(value):
                 continue
             until = self.last.get(value, i)
+            if self.mixed:
+                until = self._part_forms(i, node, value, until, opened)
             shared = self._shared_buffer(i, node, value) if index == 0 else None
             if shared is not None:
                 self.root[value] = shared
@@ -180,13 +193,45 @@ class _Liveness:
             opened.append(value)
         return opened
 
+    def _part_forms(
+        self, i: int, node: ir.Node, value: ir.Value, until: int, opened: list[ir.Value]
+    ) -> int:
+        """Let floats and 8 bits of one value live each as long as they have readers.
+
+        Returns until when the value's main form lives.
+        """
+        copy = self.storage.float_copy_bytes(value)
+        if copy:
+            floats_until = max([i, *self._readers(value, integer=False)])
+            buffer = self._dying_buffer(i, node, copy) if is_elementwise(node) else None
+            if buffer is None:
+                buffer = self._extra_buffer(copy, floats_until)
+                opened.append(buffer)
+            self.until[buffer] = max(self.until[buffer], floats_until)
+            self.floats[value] = buffer
+            return max([i, *self._readers(value, integer=True)])
+        if is_dequantize(node) and not self.storage.is_fused_away(value):
+            stored = None if node.inputs[0] is None else self.root.get(node.inputs[0])
+            integer = self._readers(value, integer=True)
+            if stored is not None and integer:
+                self.until[stored] = max(self.until[stored], *integer)
+                return max([i, *self._readers(value, integer=False)])
+        return until
+
+    def _buffer(self, node: ir.Node, value: ir.Value | None) -> ir.Value | None:
+        """The buffer a node reads a value from."""
+        if value is None:
+            return None
+        if value in self.floats and node not in self.storage.integer_nodes:
+            return self.floats[value]
+        return self.root.get(value)
+
     def _shared_buffer(self, i: int, node: ir.Node, value: ir.Value) -> ir.Value | None:
         if not node.inputs:
             return None
         # An integer node reads the 8 bits before a DequantizeLinear: they stay until it has run.
         if is_view(node) or (is_dequantize(node) and self.storage.is_fused_away(value)):
-            source = node.inputs[0]
-            return None if source is None else self.root.get(source)
+            return self._buffer(node, node.inputs[0])
         if value in self.outputs or not is_elementwise(node):
             return None
         size = self.storage.held_bytes(value)
@@ -195,16 +240,22 @@ class _Liveness:
     def _dying_buffer(self, i: int, node: ir.Node, size: int) -> ir.Value | None:
         """An input's buffer of that size that nobody needs after the node."""
         for source in node.inputs:
-            root = None if source is None else self.root.get(source)
+            buffer = self._buffer(node, source)
             if (
-                root is not None
-                and self.until[root] == i
-                and self.size[root] == size
-                and root not in self.callers
-                and root not in self.outputs
+                buffer is not None
+                and self.until[buffer] == i
+                and self.size[buffer] == size
+                and buffer not in self.callers
+                and buffer not in self.outputs
             ):
-                return root
+                return buffer
         return None
+
+    def _transient_bytes(self, i: int, node: ir.Node, value: ir.Value) -> int:
+        size = self.storage.transient_bytes(value)
+        if size and is_elementwise(node) and self._dying_buffer(i, node, size) is not None:
+            return 0
+        return size
 
     def _body_bytes(self, node: ir.Node) -> int:
         """The peak inside a node; of an If, its hungrier branch."""

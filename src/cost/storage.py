@@ -193,7 +193,8 @@ class Storage:
     def read_bytes(self, node: ir.Node, value: ir.Value) -> int | None:
         """Bytes that a node reads of an input, should it read all of it."""
         producer = value.producer()
-        if is_dequantize(producer) and self.is_fused_away(value):
+        direct = node in self.integer_nodes or self.is_fused_away(value)
+        if is_dequantize(producer) and direct:
             stored = producer.inputs[0]  # type: ignore[union-attr]
             return None if stored is None else self.full_bytes(stored)
         if self.is_fused_away(value):
@@ -218,20 +219,22 @@ class Storage:
         return self.planned_bytes(value)
 
     def held_bytes(self, value: ir.Value) -> int | None:
-        """Bytes that the value occupies while it is alive, in each form that has a reader."""
+        """Bytes that the value occupies while it is alive; `float_copy_bytes` may come on top."""
         if self.is_constant(value) or self.is_fused_away(value):
             return 0
         spec = self.spec(value)
-        if spec is None:
+        if spec is None or (spec.is_integer and not self._is_stored_small(value)):
             return self.full_bytes(value)
-        small, full = self.planned_bytes(value), self.full_bytes(value)
-        if small is None or full is None or not spec.is_integer:
-            return small
-        if value.producer() is None:  # the caller's array; `input_copy_bytes` is on top
-            return full
-        if self.has_float_readers(value):
-            return full + (small if self._is_stored_small(value) else 0)
-        return small if self._is_stored_small(value) else full
+        return self.planned_bytes(value)
+
+    def float_copy_bytes(self, value: ir.Value) -> int:
+        """Bytes of the floats that are there besides a planned value's 8 bits."""
+        spec = self.spec(value)
+        if spec is None or not spec.is_integer or self.is_constant(value):
+            return 0
+        if not self._is_stored_small(value) or not self.has_float_readers(value):
+            return 0
+        return self.full_bytes(value) or 0
 
     def input_copy_bytes(self, value: ir.Value) -> int:
         """Bytes of the 8-bit copy that a plan makes of a graph input."""
@@ -252,9 +255,13 @@ class Storage:
         if self.is_plain or self.spec(value) is None or self.is_made_in_integers(value):
             return 0
         held, full = self.held_bytes(value), self.full_bytes(value)
-        return full if held and full and held < full else 0
+        if not held or not full or held >= full or self.has_float_readers(value):
+            return 0
+        return full
 
     def _is_stored_small(self, value: ir.Value) -> bool:
+        if value.producer() is None:  # the caller's array stays as it is
+            return False
         return self.is_made_in_integers(value) or self.has_integer_readers(value)
 
 
