@@ -256,6 +256,16 @@ def test_control_flow_on_data_names_the_line() -> None:
     assert "torch.where" in error.value.diagnostic.fix
 
 
+def test_a_dimension_that_the_module_fixes_is_explained() -> None:
+    class Unrolled(nn.Module):
+        def forward(self, x):
+            return torch.stack([x[:, i] * i for i in range(x.shape[1])], 1)
+
+    with pytest.raises(ArchitectureError, match="specialized it to be a constant") as error:
+        load_model(Unrolled(), input_shapes=["2x5"], dynamic_shapes={"x": {1: "steps"}})
+    assert "dynamic_shapes" in error.value.diagnostic.fix
+
+
 def test_an_operation_that_onnx_lacks_names_the_line() -> None:
     class Eigen(nn.Module):
         def forward(self, x):
@@ -321,8 +331,7 @@ def test_exporting_is_silent(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_reading_onnx_does_not_load_torch() -> None:
     code = (
-        "import sys, edgepass.frontends;"
-        "print('torch' in sys.modules, 'onnxruntime' in sys.modules)"
+        "import sys, edgepass.frontends;print('torch' in sys.modules, 'onnxruntime' in sys.modules)"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.split() == ["False", "False"]

@@ -16,6 +16,10 @@ from typing import Any
 from ..errors import ArchitectureError
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
+_MACHINERY = frozenset(
+    ["torch", "torchgen", "sympy", "mpmath", "numpy", "onnx", "onnx_ir", "onnxscript", "optree"]
+)
+"""Packages whose frames are the exporter at work, never the line to change."""
 _OWN_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
@@ -72,7 +76,7 @@ def _is_users(path: str) -> bool:
     if path.startswith("<"):
         return False
     parts = os.path.abspath(path).split(os.sep)
-    if "torch" in parts or "onnxscript" in parts or "onnx_ir" in parts:
+    if "site-packages" in parts and parts[parts.index("site-packages") + 1] in _MACHINERY:
         return False
     standard = sysconfig.get_path("stdlib")
     in_standard = path.startswith(standard) and "site-packages" not in parts
@@ -80,11 +84,10 @@ def _is_users(path: str) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """The first telling line of the innermost error."""
-    root = list(_chain(error))
-    for link in reversed(root):
+    """The beginning of the innermost error's text."""
+    for link in reversed(list(_chain(error))):
         text = re.sub(r"\x1b\[[0-9;]*m", "", str(link))
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        lines = [line.strip(" -\t") for line in text.splitlines() if line.strip(" -\t")]
         if lines:
-            return f"{type(link).__name__}: {lines[0][:300]}"
+            return f"{type(link).__name__}: {' '.join(lines[:3])[:500]}"
     return type(error).__name__
