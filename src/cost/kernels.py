@@ -99,6 +99,9 @@ def _groups(graph: ir.Graph, target: Target, storage: Storage) -> Iterable[list[
         if _costs_nothing(node, storage):
             continue
         host = _host(node, target, storage, leader)
+        while host is not None and host not in leader:  # a view: whoever made its input
+            before = host.inputs[0] if host.inputs else None
+            host = before.producer() if before is not None else None
         first = node if host is None else leader[host]
         leader[node] = first
         groups.setdefault(first, []).append(node)
