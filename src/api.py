@@ -17,7 +17,7 @@ from .compiled import Compiled
 from .cost.report import CostReport, Estimate, cost_report
 from .errors import EdgepassError, UnsupportedOpError, UsageError
 from .frontends import load_model, load_notes, to_supported_opset
-from .ir.sizing import dim_name
+from .ir.sizing import dim_name, is_dynamic, static_twin
 from .passes.base import Context, Feed, Pass
 from .passes.bisect import BisectResult, bisect_passes
 from .passes.driver import run_passes, sort_by_stage
@@ -96,7 +96,7 @@ def compile(  # noqa: A001 - the name users look for
         notes.append(_what_int8_adds(graph, device, sizes))
     if dims and device.runtime is Runtime.TVM:
         device = device.replace(tvm={**device.tvm, "dims": dict(dims)})
-    report = cost_report(graph, device, recipe=recipe, dims=sizes)
+    report = cost_report(_sized(graph, sizes), device, recipe=recipe, dims=sizes)
     compiled = Compiled(
         model=graph,
         target=device,
@@ -302,7 +302,7 @@ def _what_int8_adds(model: ir.Model, target: Target, dims: Mapping[str, int]) ->
     try:
         chosen = parse_recipe("int8")
         context = Context(target, None, dims)
-        before = cost_report(model, target, recipe="default", dims=dims)
+        before = cost_report(_sized(model, dims), target, recipe="default", dims=dims)
         after = _price(model, target, "int8", chosen[-1:], context, {})
     except EdgepassError as error:
         return f'recipe="int8" can\'t be priced here: {error.diagnostic.what}'
@@ -368,4 +368,10 @@ def _price(
             notes.append(f"{item}: stored size is not changed by it")
         else:
             plan = found
-    return cost_report(model, target, recipe=name, plan=plan, dims=context.dims, notes=notes)
+    sized = _sized(model, context.dims)
+    return cost_report(sized, target, recipe=name, plan=plan, dims=context.dims, notes=notes)
+
+
+def _sized(model: ir.Model, dims: Mapping[str, int]) -> ir.Model:
+    """The model at given sizes, where its inputs have symbolic dimensions."""
+    return static_twin(model, dims) if is_dynamic(model) else model
