@@ -6,7 +6,6 @@ Here: `save_artifact`, `load`, `Artifact`. Not here: what is in the model files 
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -19,13 +18,20 @@ import numpy as np
 
 from .atomic import replacing
 from .errors import ArtifactError, CalibrationError, UsageError
+from .manifest import (
+    FORMAT,
+    FORMAT_VERSION,
+    MANIFEST,
+    broken,
+    check_files,
+    file_entry,
+    is_artifact,
+    read_manifest,
+)
 from .npz import read_npz, write_npz
 from .targets.feed import TensorSpec, check_feed
 from .targets.target import Runtime, Target
 
-FORMAT = "edgepass-artifact"
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
 GOLDEN = "golden.npz"
 TOLERANCE = 1e-4
 """Largest allowed difference to the golden output, relative to that output's range."""
@@ -91,7 +97,7 @@ def save_artifact(
             "notes": list(notes),
         }
         _add_golden(manifest, fresh, files, golden_input, golden_output, tolerance)
-        manifest["files"] = {name: _file_entry(fresh / name) for name in sorted(files)}
+        manifest["files"] = {name: file_entry(fresh / name) for name in sorted(files)}
         text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False)
         (fresh / MANIFEST).write_text(text + "\n", encoding="utf-8")
         artifact = load(fresh)
@@ -174,7 +180,7 @@ class Artifact:
         try:
             arrays = read_npz(self.path / entry["file"])
         except CalibrationError as error:
-            raise _broken(self.path, f"{entry['file']}: {error.diagnostic.why}") from error
+            raise broken(self.path, f"{entry['file']}: {error.diagnostic.why}") from error
         sides: dict[str, dict[str, np.ndarray]] = {"input": {}, "output": {}}
         for key, array in arrays.items():
             side, _, name = key.partition("/")
@@ -192,7 +198,7 @@ class Artifact:
         Raises:
             ArtifactError: a file changed, or an output differs by more than the tolerance.
         """
-        _check_files(self.path, self.manifest)
+        check_files(self.path, self.manifest)
         golden = self.golden
         if golden is None:
             return {}
@@ -202,7 +208,7 @@ class Artifact:
         differences = {}
         for name, array in expected.items():
             if name not in actual:
-                raise _broken(self.path, f"it does not produce the output {name!r}")
+                raise broken(self.path, f"it does not produce the output {name!r}")
             differences[name] = difference = relative_difference(array, actual[name])
             if not difference <= allowed:
                 raise ArtifactError(
@@ -257,18 +263,12 @@ def load(path: Path | str, *, threads: int = 1) -> Artifact:
         ArtifactError: not an artifact, of an unknown version, incomplete or changed.
     """
     folder = Path(path)
-    manifest = _read_manifest(folder)
-    _check_files(folder, manifest)
-    return Artifact(folder, manifest, threads)
-
-
-def is_artifact(path: Path) -> bool:
-    """Whether a folder says that it is an artifact, of whatever version, whole or not."""
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
+        return Artifact(folder, manifest, threads)
+    except (KeyError, TypeError, ValueError) as error:
+        raise broken(folder, f"{MANIFEST}: an input or output is malformed, {error!r}") from error
 
 
 def relative_difference(expected: np.ndarray, actual: np.ndarray) -> float:
@@ -350,85 +350,3 @@ def _versions(runtime: Runtime) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "unknown"
     return found
-
-
-def _file_entry(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"sha256": digest, "bytes": path.stat().st_size}
-
-
-# --- reading ---------------------------------------------------------------------------------
-
-_KEYS: Mapping[str, type | tuple[type, ...]] = {
-    "target": str,
-    "arch": str,
-    "runtime": str,
-    "session_options": dict,
-    "recipe": str,
-    "model": str,
-    "inputs": list,
-    "outputs": list,
-    "files": dict,
-    "golden": (dict, type(None)),
-}
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    if not folder.is_dir():
-        raise ArtifactError("There is no such artifact", where=str(folder))
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ArtifactError(
-            "The folder is not an artifact", where=str(folder), why=f"it has no {MANIFEST}"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise _broken(folder, f"{MANIFEST}: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise _broken(folder, f'{MANIFEST} does not say "format": "{FORMAT}"')
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise ArtifactError(
-            f"The artifact's format version {manifest.get('format_version')!r} is unknown",
-            where=str(path),
-            why=f"this edgepass reads version {FORMAT_VERSION}",
-            fix="use the edgepass that wrote it, or compile the model again",
-        )
-    for key, kind in _KEYS.items():
-        if key not in manifest or not isinstance(manifest[key], kind):
-            raise _broken(folder, f"{MANIFEST} has no proper {key!r}")
-    golden = [manifest["golden"]["file"]] if manifest["golden"] else []
-    for name in (manifest["model"], *golden):
-        if name not in manifest["files"]:
-            raise _broken(folder, f"{MANIFEST} has no hash of {name!r}")
-    return manifest
-
-
-def _check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
-    root = folder.resolve()
-    for name, entry in manifest["files"].items():
-        path = folder / name
-        if os.path.isabs(name) or Path(name).name != name or path.resolve().parent != root:
-            raise ArtifactError(
-                f"The manifest names the file {name!r}, outside the artifact",
-                where=str(folder / MANIFEST),
-                why="an artifact is one flat folder, and reads nothing elsewhere",
-                fix="do not use this artifact unless you know who made it",
-            )
-        if not path.is_file():
-            raise _broken(folder, f"the file {name!r} is missing")
-        size = path.stat().st_size
-        if size != entry.get("bytes"):
-            raise _broken(folder, f"{name!r} has {size} bytes, {entry.get('bytes')} are expected")
-        if _file_entry(path)["sha256"] != entry.get("sha256"):
-            raise _broken(folder, f"{name!r} does not have the hash that the manifest says")
-
-
-def _broken(folder: Path, why: str) -> ArtifactError:
-    return ArtifactError(
-        "The artifact is incomplete or was changed",
-        where=str(folder),
-        why=why,
-        fix="copy it again, or compile the model again",
-    )

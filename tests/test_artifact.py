@@ -19,9 +19,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from edgepass.artifact import is_artifact, load, relative_difference, save_artifact
+from edgepass.artifact import load, relative_difference, save_artifact
 from edgepass.atomic import remove_leftovers, replacing
 from edgepass.errors import ArtifactError, CalibrationError, UnsafePathError, UsageError
+from edgepass.manifest import is_artifact
 from edgepass.npz import read_npz, write_npz
 from edgepass.targets.feed import input_specs, output_specs
 from edgepass.targets.onnxruntime import emit
@@ -268,6 +269,26 @@ def test_damage_is_found_and_named(tmp_path: Path, damage, message: str):
     folder = save(tmp_path / "out")
     damage(folder)
     with pytest.raises(ArtifactError, match=message):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"files": {"model.onnx": 1}},
+        {"golden": {}},
+        {"golden": {"file": ["x"], "tolerance": 1}},
+        {"inputs": [1]},
+        {"inputs": [{"name": "x"}]},
+        {"outputs": [{"name": "x", "dtype": "float32", "shape": 3}]},
+        {"model": 5},
+        {"format": "other"},
+    ],
+)
+def test_a_malformed_manifest_is_an_artifact_error(tmp_path: Path, change: dict):
+    folder = save(tmp_path / "out")
+    edit_manifest(folder, lambda m: m.update(change))
+    with pytest.raises(ArtifactError, match="manifest"):
         load(folder)
 
 

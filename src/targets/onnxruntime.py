@@ -1,7 +1,7 @@
 """ONNX Runtime as a back-end: sessions over a graph, a file or bytes, and files from a graph.
 
-Here: `OrtRunner`, `emit`, and errors that name the node. Not here: which operators have kernels
-(`ort_support`), the ONNX bytes themselves (`onnx_file`), checking inputs (`feed`).
+Here: `OrtRunner`, `emit`. Not here: which operators have kernels (`ort_support`), errors in our
+words (`ort_errors`), the ONNX bytes themselves (`onnx_file`), checking inputs (`feed`).
 """
 
 from __future__ import annotations
@@ -16,17 +16,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ..errors import (
-    EdgepassError,
-    LoweringError,
-    ModelFileError,
-    UnsafePathError,
-    UnsupportedOpError,
-    UsageError,
-)
-from ..ir.graph import all_nodes, describe_node
+from ..errors import EdgepassError, LoweringError, ModelFileError, UsageError
 from .feed import TensorSpec, check_feed, dtype_name, input_specs, output_specs
 from .onnx_file import INLINE_LIMIT, leaves_message, serialize, weight_bytes, write_onnx
+from .ort_errors import translate
 from .ort_file import canonicalize
 from .ort_support import highest_opset, kernel_support, ort_supports, runs_in_float32
 from .target import Target
@@ -220,61 +213,6 @@ def create_session(
         )
     except Exception as error:  # onnxruntime's exceptions share no base but Exception
         raise translate(error, model, "ONNX Runtime refuses the model") from error
-
-
-_STATUS = re.compile(r"^\[ONNXRuntimeError\] : \d+ : (\w+) : ")
-_SOURCE_FILE = re.compile(r"/onnxruntime_src/\S+?:\d+ .*?\) (?=[A-Z\"])")
-_NODE_NAMES = (
-    re.compile(r"node with name '([^']+)'"),
-    re.compile(r"In Node, \(\"([^\"]+)\""),
-    re.compile(r"Name:'([^']+)'"),
-    re.compile(r"Node ?\(([^()\s]+)\)"),
-    re.compile(r"same node name \(([^)]+)\)"),
-    re.compile(r"\bnode:\s*'?([^\s',()]+)", re.IGNORECASE),
-)
-
-
-def translate(error: Exception, model: ir.Model | None, what: str) -> EdgepassError:
-    """ONNX Runtime's exception as one of ours, the node described where its message names one."""
-    text = str(error)
-    status = match.group(1) if (match := _STATUS.match(text)) else ""
-    why = _SOURCE_FILE.sub("", _STATUS.sub("", text)).strip()
-    where = _where(text, model)
-    if status == "NOT_IMPLEMENTED" or "No Op registered for" in text:
-        return UnsupportedOpError(
-            f"ONNX Runtime has no kernel for {_operator(text) or 'an operator'}",
-            where=where,
-            why=why,
-            fix="replace the operator, or change its dtype or opset to one that has a kernel "
-            "(`edgepass explain` and the placement table list them)",
-        )
-    if status in ("INVALID_PROTOBUF", "NO_MODEL", "NO_SUCHFILE"):
-        return ModelFileError("The file is not a readable ONNX model", where=where, why=why)
-    if "escapes model directory" in text:
-        return UnsafePathError(
-            "The model's external data lies outside its folder",
-            why=why,
-            fix="put the data file beside the model; do not trust a model that reads elsewhere",
-        )
-    return LoweringError(what, where=where, why=why)
-
-
-def _operator(text: str) -> str:
-    for pattern in (r"implementation for (\S+)\(", r"No Op registered for (\S+)"):
-        if match := re.search(pattern, text):
-            return match.group(1)
-    return ""
-
-
-def _where(text: str, model: ir.Model | None) -> str:
-    candidates = [match.group(1) for regex in _NODE_NAMES if (match := regex.search(text))]
-    if model is not None:
-        named = {node.name: node for node in all_nodes(model) if node.name}
-        for name in candidates:
-            if name in named:
-                return describe_node(named[name])
-        return ""
-    return f"node {candidates[0]!r}" if candidates else ""
 
 
 def _session_options(entries: Mapping[str, str], threads: int) -> Any:
