@@ -55,7 +55,9 @@ def main() -> None:
         share = accuracy(artifact.run, test, labels)
         console.print(f"host      {name:8} {size:9,} bytes  accuracy {share:.4f} of {len(labels)}")
     emulated(folder, test, labels)
-    console.print(f"\nArtifacts are in {folder}; try: edgepass run {folder / 'int8'} --emulate arm64")
+    console.print(
+        f"\nArtifacts are in {folder}; try: edgepass run {folder / 'int8'} --emulate arm64"
+    )
 
 
 def emulated(folder: Path, test: np.ndarray, labels: np.ndarray) -> None:

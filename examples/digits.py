@@ -17,7 +17,9 @@ class DigitsNet(nn.Module):
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU())
+        self.stem = nn.Sequential(
+            nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()
+        )
         self.block = nn.Sequential(
             nn.Conv2d(width, width, 3, padding=1),
             nn.BatchNorm2d(width),

@@ -28,7 +28,7 @@ from .pipelines import epilogue, parse_recipe
 from .samples import as_feeds
 from .speed import Speed, compare, runner_of
 from .targets.feed import input_specs
-from .targets.registry import get_target, host_name
+from .targets.registry import get_target, runs_on_host
 from .targets.support import Placement, place
 from .targets.target import Runtime, Target
 
@@ -84,7 +84,7 @@ def compile(  # noqa: A001 - the name users look for
     feeds = None if calibration is None else as_feeds(calibration, input_specs(graph))
     feed, sizes = _sample(graph, feeds, dims)
     context = Context(device, feeds, sizes, progress or _silent)
-    original = graph.clone() if time_budget_s > 0 and _runs_here(device) else None
+    original = graph.clone() if time_budget_s > 0 and runs_on_host(device) else None
     probe = Probe(feed) if check_numerics else None
     graph, ledger = run_passes(graph, chosen, context, probe=probe)
     _judge(ledger, chosen, strict, notes)
@@ -232,13 +232,6 @@ def _sample(
 
 def _silent(done: int, total: int, what: str) -> None:
     """No progress shown."""
-
-
-def _runs_here(target: Target) -> bool:
-    try:
-        return target.name.partition("/")[0].startswith(host_name())
-    except EdgepassError:
-        return False
 
 
 def _judge(ledger: Ledger, passes: Sequence[Pass], strict: bool, notes: list[str]) -> None:

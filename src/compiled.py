@@ -21,7 +21,7 @@ from .passes.ledger import Ledger
 from .passes.probe import sample_inputs
 from .speed import Speed
 from .targets.feed import check_feed, input_specs, output_specs
-from .targets.registry import host_name
+from .targets.registry import runs_on_host
 from .targets.support import Placement
 from .targets.target import Runtime, Target
 
@@ -70,7 +70,7 @@ class Compiled:
             from .targets.onnxruntime import OrtRunner
 
             return OrtRunner(self.model, session_options=self.session_options)
-        if self.target.hardware.arch != host_name().replace("arm64", "aarch64"):
+        if not runs_on_host(self.target):
             raise LoweringError(
                 f"A library for {self.target.name} does not run on this machine",
                 why=f"it is made for {self.target.hardware.arch}",

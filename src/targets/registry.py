@@ -7,7 +7,9 @@ target is (`target`), passes and rules (`passes.registry`).
 from __future__ import annotations
 
 import difflib
+import functools
 import platform
+from pathlib import Path
 
 from ..errors import PluginError, UnknownTargetError
 from .target import Runtime, Target
@@ -76,13 +78,34 @@ def host_name() -> str:
     """
     machine = platform.machine().lower()
     if machine in ("x86_64", "amd64"):
-        return "x86_64"
+        return "x86_64-avx512" if {"avx512f", "avx512_vnni"} <= _cpu_flags() else "x86_64"
     if machine in ("aarch64", "arm64"):
         return "arm64"
     raise UnknownTargetError(
         f"This machine ({machine}) has no built-in target",
         fix="name one of the targets, or describe the machine with a Target of your own",
     )
+
+
+def runs_on_host(target: Target) -> bool:
+    """Whether this machine has the target's architecture and the vector width it is made for."""
+    try:
+        host = get_target("host").hardware
+    except UnknownTargetError:
+        return False
+    same = target.hardware.arch == host.arch
+    return same and target.hardware.vector_bits <= host.vector_bits
+
+
+@functools.cache
+def _cpu_flags() -> frozenset[str]:
+    """The instruction sets that Linux reports; empty where it does not."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return frozenset()
+    flags = (line.partition(":")[2].split() for line in lines if line.startswith("flags"))
+    return frozenset(next(flags, ()))
 
 
 def _load_built_in() -> None:

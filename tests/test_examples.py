@@ -1,0 +1,53 @@
+"""The examples and the demo run as written, and print what they are about."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+pytest.importorskip("torch", reason="the examples use torch")
+
+
+def run(name: str) -> str:
+    result = subprocess.run(
+        [sys.executable, name],
+        cwd=EXAMPLES,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout
+
+
+def test_a_custom_pass_rule_and_target():
+    output = run("custom_pass.py")
+    assert "relu_to_clip{limit=4.0}" in output
+    assert "conv_0" in output
+    assert "does not match" in output
+    assert "relu_to_clip{limit=0.1} is the first to exceed" in output
+
+
+def test_compiling_a_model():
+    output = run("compile_model.py")
+    assert "int8" in output
+    assert "saved in" in output
+
+
+def test_estimating_an_architecture():
+    output = run("estimate_architecture.py")
+    assert output.count("assumed") >= 12
+    assert "width 512" in output
+
+
+def test_the_demo():
+    output = run("demo.py")
+    shares = [float(line.split("accuracy ")[1].split()[0]) for line in output.splitlines()
+              if "accuracy " in line]  # fmt: skip
+    assert len(shares) in (2, 4), output
+    assert min(shares) > 0.95
+    assert abs(shares[0] - shares[1]) <= 0.01
