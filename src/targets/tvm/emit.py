@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import onnx_ir as ir
 
@@ -27,9 +27,10 @@ from .gpu import check_gpu_module, gpu_target, lower_gpu, require_code_generator
 from .importer import USE_ONNX_RUNTIME, first_line, require_tvm, to_relax
 from .prepare import dim_key, fix_dims
 from .run import SIDE_FILE_FORMAT, TensorInfo, side_file
-
-if TYPE_CHECKING:
-    from .schedules.spec import CpuSpec
+from .schedules.pipeline import schedule_module
+from .schedules.report import ScheduleReport
+from .schedules.spec import CpuSpec
+from .tuning import tune
 
 GPU_KINDS = ("cuda", "vulkan")
 
@@ -76,13 +77,13 @@ class TvmEmitReport:
     """What was made. `schedule` is the CPU scheduler's own report, None for a GPU.
 
     `kernels` are the names of the compiled functions, `unscheduled` those that no rule of ours
-    covered (None when the scheduler does not say). `library_bytes` is the `.so` as linked with
+    covered: they have TVM's own loops, vectorized. `library_bytes` is the `.so` as linked with
     `linker`, `params_bytes` a separate weights file or 0. `note` says what was not proven.
     """
 
     library: Path
     kernels: tuple[str, ...]
-    schedule: Any
+    schedule: ScheduleReport | None
     unscheduled: tuple[str, ...]
     library_bytes: int
     params_bytes: int
@@ -123,7 +124,7 @@ def emit(
         model = fix_dims(model, dims)
     module = to_relax(model)
     note = ""
-    schedule: Any = None
+    schedule: ScheduleReport | None = None
     with _lowering_errors(target):
         if target.kind in GPU_KINDS:
             tvm_target = gpu_target(target.kind, target.arch, triple)
@@ -131,7 +132,10 @@ def emit(
         else:
             assert target.cpu is not None
             tvm_target = target.cpu.tvm_target()
-            module, schedule = _lower_cpu(module, target, tvm_target)
+            with _quiet():
+                module, schedule = schedule_module(module, target.cpu)
+            if target.tuning_trials:
+                module = tune(module, tvm_target, target.tuning_trials, _untuned(schedule))
         executable = _build(module, tvm_target)
     if target.kind in GPU_KINDS:
         note = check_gpu_module(executable.mod, target.kind)
@@ -149,7 +153,7 @@ def emit(
         library=out,
         kernels=_kernels(module),
         schedule=schedule,
-        unscheduled=tuple(getattr(schedule, "unscheduled", ())),
+        unscheduled=_untuned(schedule),
         library_bytes=out.stat().st_size,
         params_bytes=0,
         seconds=time.perf_counter() - started,
@@ -179,28 +183,6 @@ def _check_cross(target: TvmTarget, triple: str) -> None:
 
 
 # --- passes and code generation --------------------------------------------------------------
-
-
-def _lower_cpu(module: Any, target: TvmTarget, tvm_target: Any) -> tuple[Any, Any]:
-    """Relax operators to fused, scheduled loops; what no rule covers keeps TVM's plain loops."""
-    import tvm
-    from tvm import relax
-    from tvm.relax.backend.cpu_generic import pipeline as cpu_passes
-
-    schedule: Any = None
-    passes = [
-        relax.transform.DecomposeOpsForInference(),
-        relax.transform.CanonicalizeBindings(),
-    ]
-    with tvm_target, _quiet():
-        module = tvm.transform.Sequential(passes)(module)
-        lower = [
-            *cpu_passes.library_dispatch_passes(tvm_target),
-            *cpu_passes.legalize_passes(tvm_target),
-            relax.transform.DeadCodeElimination(),
-        ]
-        module = tvm.transform.Sequential(lower)(module)
-    return module, schedule
 
 
 def _build(module: Any, tvm_target: Any) -> Any:
@@ -242,6 +224,12 @@ def _lowering_errors(target: TvmTarget) -> Iterator[None]:
             why=first_line(error),
             fix=f"{USE_ONNX_RUNTIME}; dynamic dimensions, if any, can be fixed with dims={{...}}",
         ) from error
+
+
+def _untuned(schedule: ScheduleReport | None) -> tuple[str, ...]:
+    if schedule is None:
+        return ()
+    return tuple(record.name for record in schedule.of_kind("fallback"))
 
 
 def _kernels(module: Any) -> tuple[str, ...]:

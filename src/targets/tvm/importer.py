@@ -99,9 +99,8 @@ def _nodes(graph: ir.Graph, nested: bool = False) -> Iterator[tuple[ir.Node, boo
 
 
 def _refusal(node: ir.Node, nested: bool, prepared: bool) -> str | None:
-    if node.domain == CONTRIB_DOMAIN and node.op_type in _CONTRIB_CONVERTERS:
-        return None
-    if node.domain not in ONNX_DOMAINS:
+    contrib = node.domain == CONTRIB_DOMAIN and node.op_type in _CONTRIB_CONVERTERS
+    if node.domain not in ONNX_DOMAINS and not contrib:
         return f"TVM's ONNX importer has no converter for operators of {node.domain!r}"
     for value in (*node.inputs, *node.outputs):
         if value is not None and value.dtype in NO_KERNELS:
@@ -110,7 +109,7 @@ def _refusal(node: ir.Node, nested: bool, prepared: bool) -> str | None:
         return lstm_obstacle(node) if not nested else "TVM has no LSTM; nested ones stay as is"
     limit = LIMITS.get(node.op_type)
     reason = limit(node) if limit is not None else None
-    if reason is not None:
+    if reason is not None or contrib:
         return reason
     if node.op_type in EXPANDED_BY_DEFINITION and not prepared:
         return None if not nested else "it is expanded in the main graph only"

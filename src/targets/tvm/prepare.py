@@ -30,7 +30,6 @@ from .symbolic import name_shape_targets, write_out_padding
 
 EXPANDED_BY_DEFINITION = frozenset(
     {
-        "Attention",
         "Celu",
         "CenterCropPad",
         "NegativeLogLikelihoodLoss",
@@ -40,7 +39,10 @@ EXPANDED_BY_DEFINITION = frozenset(
         "Swish",
     }
 )
-"""Operators TVM has no converter for, which ONNX defines as functions of others that it has."""
+"""Operators TVM has no converter for, which ONNX defines as functions of others that it has.
+
+`Attention` is not among them: TVM's simplifier does not finish on some of its expansions.
+"""
 
 
 def private_copy(model: ir.Model, dims: Mapping[str, int] | None = None) -> ir.Model:
