@@ -14,7 +14,7 @@ from typing import Any
 from .builder import Expr, KernelBuilder
 from .epilogue import NO_EPILOGUE, Access, Epilogue
 from .spec import CpuSpec
-from .tile import RegisterTile
+from .tile import OutputWriter, RegisterTile
 from .tiling import Tile, choose_tile, split_extent
 from .window import ColumnTiles, Window, column_tiles
 
@@ -64,8 +64,9 @@ class _Writer:
         self.data = self.b.param("data", data_shape)
         packed = config.groups * self.out_blocks * self.lanes * self.reduction
         self.weight = self.b.param("weight", (packed,))
-        self.operands = config.epilogue.declare(self.b)
-        self.out = self.b.param("out", self.storage.shape)
+        operands = config.epilogue.declare(self.b)
+        out = self.b.param("out", self.storage.shape)
+        self.writer = OutputWriter(self.b, config.epilogue, operands, out, self.storage)
         runs = column_tiles(self.window, self.tile.rows)
         blocks = split_extent(self.out_blocks, self.tile.vectors)
         height, width = self.window.input
@@ -179,13 +180,14 @@ class _Writer:
                     for x, valid in enumerate(run.taps):
                         if valid:
                             taps(b.int64(x), valid)
-        for v in range(size):
-            for p in range(run.pixels):
-                coordinates = [n, group * self.out_blocks + block + v, oh, ow + p]
-                value = self.config.epilogue.apply(
-                    b, self.operands, accumulators.value(p, v), coordinates, self.lanes
-                )
-                b.store(self.out, self.storage.offset(coordinates), value)
+        first = group * self.out_blocks + block
+        self.writer.store_tile(
+            accumulators.value,
+            lambda p, v: [n, first + v, oh, ow + p],
+            run.pixels,
+            size,
+            self.lanes,
+        )
 
 
 def conv_kernel(

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from .builder import Expr, KernelBuilder
 from .epilogue import NO_EPILOGUE, Access, Epilogue
 from .spec import CpuSpec
-from .tile import RegisterTile
+from .tile import OutputWriter, RegisterTile
 from .tiling import Tile
 from .window import ColumnTiles, Window, column_tiles
 
@@ -50,8 +50,9 @@ class _Writer:
         self.data = b.param("data", shape)
         if config.kind == "depthwise":
             self.weight = b.param("weight", (config.blocks, *self.window.kernel, self.lanes))
-        self.operands = config.epilogue.declare(b)
-        self.out = b.param("out", self.storage.shape)
+        operands = config.epilogue.declare(b)
+        out = b.param("out", self.storage.shape)
+        self.writer = OutputWriter(b, config.epilogue, operands, out, self.storage)
         with (
             b.loop(config.batch, parallel=config.batch > 1) as n,
             b.loop(config.blocks, parallel=config.batch == 1) as block,
@@ -88,13 +89,13 @@ class _Writer:
                             if self.config.kind == "depthwise":
                                 value = value * weight
                             acc.add(p, 0, value)
-        for p in range(run.pixels):
-            coordinates = [n, block, oh, ow + p]
-            value = acc.value(p, 0)
-            if self.config.kind.startswith("average"):
-                value = value * self._reciprocal(run, oh, p)
-            value = self.config.epilogue.apply(b, self.operands, value, coordinates, lanes)
-            b.store(self.out, self.storage.offset(coordinates), value)
+
+        def value(p: int, _: int) -> Expr:
+            total = acc.value(p, 0)
+            average = self.config.kind.startswith("average")
+            return total * self._reciprocal(run, oh, p) if average else total
+
+        self.writer.store_tile(value, lambda p, _: [n, block, oh, ow + p], run.pixels, 1, lanes)
 
     def _reciprocal(self, run: ColumnTiles, oh: Expr, pixel: int) -> Expr:
         """One over the number of taps that are averaged."""

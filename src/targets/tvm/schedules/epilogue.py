@@ -65,6 +65,11 @@ class Epilogue:
     steps: tuple[Step, ...] = ()
     operands: tuple[Access, ...] = ()
 
+    @property
+    def heavy(self) -> bool:
+        """Whether it holds a polynomial, of some forty operations, too long to be unrolled."""
+        return any(step.op in _POLYNOMIALS for step in self.steps)
+
     def declare(self, builder: KernelBuilder) -> list[Any]:
         """Declare the operands as kernel parameters."""
         return [
@@ -155,6 +160,7 @@ OPERATIONS: dict[str, _Operation] = {
     "leakyrelu": _leaky,
     "nan_to": lambda m, x, p: m.select(x[0] == x[0], x[0], m.const(p[0])),
 }
+_POLYNOMIALS = frozenset({"sigmoid", "silu", "gelu", "gelu_tanh", "tanh", "erf", "exp"})
 # Operations whose result on the zeros of padding channels may be infinite or NaN, which would
 # poison the zero weights that meet them later. They stay out of the blocked layout.
 UNSAFE_ON_PADDING = frozenset({"divide"})

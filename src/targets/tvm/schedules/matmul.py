@@ -14,7 +14,7 @@ from typing import Any
 from .builder import Expr, KernelBuilder
 from .epilogue import NO_EPILOGUE, Access, Epilogue
 from .spec import CpuSpec
-from .tile import RegisterTile
+from .tile import OutputWriter, RegisterTile
 from .tiling import Tile, choose_tile, split_extent
 
 
@@ -49,8 +49,9 @@ class _Writer:
         self.a_data = self.b.param("a", config.a.shape)
         packed = (self.vectors * self.lanes * config.k,)
         self.b_data = self.b.param("b", packed if config.b is None else config.b.shape)
-        self.operands = config.epilogue.declare(self.b)
-        self.out = self.b.param("out", config.out.shape)
+        operands = config.epilogue.declare(self.b)
+        out = self.b.param("out", config.out.shape)
+        self.writer = OutputWriter(self.b, config.epilogue, operands, out, config.out)
 
     def write(self, name: str) -> Any:
         self._batches([])
@@ -154,28 +155,33 @@ class _Writer:
                 ],
                 lambda v: self.b.load(packed, self._target(block, tile.vectors, k, v), lanes),
             )
+        # The last vector may be cut. Tiles of the last size always hold it; a loop over several
+        # equal tiles has to ask whether this is the one.
         tail = config.n % lanes
-        for v in range(tile.vectors):
-            # The last vector may be cut. Tiles of the last size always hold it; a loop over several
-            # equal tiles has to ask whether this is the one.
-            may_be_cut = bool(tail) and v == tile.vectors - 1
-            inside = (block + v) < self.vectors - 1 if may_be_cut else None
-            with self.b.when(inside):
-                for r in range(tile.rows):
-                    self._store(
-                        outer, accumulators.value(r, v), row + r, (block + v) * lanes, lanes
-                    )
-            if may_be_cut:
-                with self.b.when((block + v) >= self.vectors - 1):
-                    for r in range(tile.rows):
-                        for lane in range(tail):
-                            column = (block + v) * lanes + lane
-                            self._store(outer, accumulators.lane(r, v, lane), row + r, column, 1)
+        last = tile.vectors - 1
+        whole = last if tail else tile.vectors
 
-    def _store(self, outer: list[Expr], value: Expr, row: Expr, column: Expr, lanes: int) -> None:
-        coordinates = [*outer, row, column]
-        value = self.config.epilogue.apply(self.b, self.operands, value, coordinates, lanes)
-        self.b.store(self.out, self.config.out.offset(coordinates), value)
+        def columns_from(first: int, step: int) -> Any:
+            return lambda r, v: [*outer, row + r, (block + first) * lanes + v * step]
+
+        self.writer.store_tile(accumulators.value, columns_from(0, lanes), tile.rows, whole, lanes)
+        if tail:
+            with self.b.when((block + last) < self.vectors - 1):
+                self.writer.store_tile(
+                    lambda r, v: accumulators.value(r, last),
+                    columns_from(last, lanes),
+                    tile.rows,
+                    1,
+                    lanes,
+                )
+            with self.b.when((block + last) >= self.vectors - 1):
+                self.writer.store_tile(
+                    lambda r, lane: accumulators.lane(r, last, lane),
+                    columns_from(last, 1),
+                    tile.rows,
+                    tail,
+                    1,
+                )
 
 
 def matmul_kernel(config: Matmul, spec: CpuSpec, name: str) -> Any:
