@@ -30,7 +30,8 @@ from ..ir.graph import (
     is_absent,
     opset_of,
 )
-from .opset_adapters import ADAPTERS, NEWEST_CONVERTIBLE, TYPE_DEPENDENT, WIDENED, NodeEditor
+from .opset_adapters import ADAPTERS, NEWEST_CONVERTIBLE, TYPE_DEPENDENT, WIDENED
+from .opset_editor import NodeEditor
 
 WORKING_OPSET = 18
 """The oldest opset passes see: from here on reductions, Squeeze and Split take axes as inputs."""
