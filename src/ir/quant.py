@@ -108,8 +108,9 @@ class QuantPlan:
 
     `label` names it (`int8 uint8/int8 per-channel`). `entries` maps value names to specs:
     initializers are stored that way, other values pass through a pair with a scale of their own.
-    `nodes` are the names of the nodes expected to run in integers. `copies`: a value stored more
-    than once (a bias shared by nodes with different scales); `kept`: initializers that are stored
+    `nodes` are the names of the nodes expected to run in integers. `copies`: how often a value is
+    stored where that is not once (a bias shared by nodes with different scales, the bounds of a
+    Clip that vanishes); `kept`: initializers that are stored
     in their own dtype as well, since a node that is not quantized reads them too. `notes` are
     (node, reason) for what stays as it is though its operator could be quantized.
     """
@@ -162,11 +163,11 @@ def planned_bytes(plan: QuantPlan, value: ir.Value) -> int:
     spec = plan.entries.get(value.name or "")
     if tensor is None:
         return parameter_bytes(spec, ()) if spec is not None else 0
+    copies = plan.copies.get(value.name or "", 1)
     if spec is None:
-        return tensor.nbytes
+        return tensor.nbytes * copies
     size = spec_bytes(spec, tuple(int(d) for d in tensor.shape.numpy()))
-    size *= plan.copies.get(value.name or "", 1)
-    return size + (tensor.nbytes if value.name in plan.kept else 0)
+    return size * copies + (tensor.nbytes if value.name in plan.kept else 0)
 
 
 def planned_model_bytes(plan: QuantPlan, model: ir.Model) -> int:

@@ -1,9 +1,9 @@
 """Dynamic int8: weights in 8 bits, activations quantized while the model runs; no calibration.
 
-Here: the pass `int8_dynamic`, for MatMul and Gemm with constant weights (language models). What a
-DynamicQuantizeLinear gives is read through a DequantizeLinear, so that the graph stays in Q/DQ
-form; ONNX Runtime 1.32 makes DynamicQuantizeMatMul or MatMulIntegerToFloat of it. Measured on
-MiniLM, x86-64 with VNNI: as fast as the MatMulInteger form; one quantization serves all readers.
+Here: the pass `int8_dynamic`, for MatMul and Gemm with constant weights (language models). The
+product is a MatMulInteger: ONNX Runtime 1.32 makes DynamicQuantizeMatMul (one reader) or
+MatMulIntegerToFloat of it. The Q/DQ form is as fast, but there the runtime first
+merges a product of matrices and its bias into a float Gemm.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import onnx_ir as ir
 from ...errors import UsageError
 from ...ir.edit import Editor
 from ...ir.graph import (
+    Dim,
     add_initializer,
     attribute,
     constant_tensor,
@@ -30,9 +31,10 @@ from ...ir.ops import Category, facts
 from ...ir.quant import PerChannel, PerTensor, QuantPlan, QuantSpec, is_dequantize
 from ...targets.target import Target
 from ..base import Context, Pass, PassResult, Stage
+from .known_types import require_types
 from .notes import refusal_notes
 from .numbers import weight_affine
-from .qdq import Stored, absent, dequantize, drop_unused_constant, store
+from .qdq import Stored, absent, drop_unused_constant, store
 from .tables import lookup_tables, write_tables
 
 MIN_ELEMENTS = 1024
@@ -93,7 +95,8 @@ class DynamicInt8(Pass):
         assert tensor is not None
         rank = len(tensor.shape)
         per_channel = self.per_channel and rank == 2
-        return QuantSpec(ir.DataType.INT8, True, PerChannel(1) if per_channel else PerTensor())
+        granularity = PerChannel(1) if per_channel else PerTensor()
+        return QuantSpec(ir.DataType.INT8, True, granularity, zero_points=False)
 
     def _select(self, model: ir.Model) -> tuple[list[ir.Node], list[tuple[str, str]]]:
         opset = opset_of(model)
@@ -103,6 +106,7 @@ class DynamicInt8(Pass):
                 where=f"pass {self.name!r}",
                 fix="load the model with edgepass.load, which converts old opsets",
             )
+        require_types(model)
         chosen, refused = [], []
         for node in model.graph:
             if facts(node).category is Category.RECURRENT:
@@ -173,7 +177,8 @@ class DynamicInt8(Pass):
 
 class _Writer:
     """before: MatMul(x, W) -> y
-    after:  MatMul(DequantizeLinear(DynamicQuantizeLinear(x)), DequantizeLinear(W8)) -> y
+    after:  x8, s, z = DynamicQuantizeLinear(x)
+            MatMulInteger(x8, W8, z) -> Cast -> Mul(s * scales of W) -> y
     """
 
     def __init__(self, model: ir.Model, item: DynamicInt8, reduce_range: bool) -> None:
@@ -182,17 +187,15 @@ class _Writer:
         self.item = item
         self.reduce_range = reduce_range
         self.editor = Editor()
-        self.dequantized: dict[ir.Value, ir.Value] = {}
+        self.quantized: dict[ir.Value, ir.Node] = {}
         self.stored: dict[tuple[ir.Value, bool], Stored] = {}
 
     def write(self, nodes: list[ir.Node]) -> None:
         weights = dict.fromkeys(v for node in nodes if (v := node.inputs[1]) is not None)
         for node in nodes:
-            spec = self.item.spec(node)
-            stored = self._store(node, spec)
-            node = self._as_matmul(node) if node.op_type == "Gemm" else node
-            dequantize(self.editor, node, 1, stored, spec)
-            self._quantize_input(node)
+            stored = self._store(node, self.item.spec(node))
+            quantized = self._quantize_input(node)
+            self._multiply(node, quantized, stored)
         for weight in weights:
             drop_unused_constant(weight)
 
@@ -228,51 +231,62 @@ class _Writer:
         )
         return add_initializer(self.graph, f"{weight.name}/transposed", data)
 
-    def _as_matmul(self, node: ir.Node) -> ir.Node:
-        """Gemm(x, W, b) as MatMul + Add: an integer Gemm would need its bias in unknown units."""
+    def _multiply(self, node: ir.Node, quantized: ir.Node, stored: Stored) -> None:
         result = node.outputs[0]
-        product = ir.Node("", "MatMul", [node.inputs[0], node.inputs[1]], num_outputs=1)
-        value = product.outputs[0]
-        value.type = result.type
-        value.shape = None if result.shape is None else ir.Shape(list(result.shape.dims))
-        self.editor.insert_before(node, product)
-        product.name = fresh_name(self.graph, f"{node.name or result.name}/matmul")
-        if len(node.inputs) > 2 and node.inputs[2] is not None:
-            total = ir.Node("", "Add", [value, node.inputs[2]], num_outputs=1)
-            total.outputs[0].type, total.outputs[0].shape = value.type, value.shape
-            self.editor.insert_before(node, total)
-            total.name = fresh_name(self.graph, f"{node.name or result.name}/bias")
-            value = total.outputs[0]
-        self.editor.replace_node(node, value)
-        return product
+        integers, scales, _ = stored
+        x, scale, zero_point = quantized.outputs
+        product = self._insert(node, "MatMulInteger", [x, integers, zero_point], ir.DataType.INT32)
+        product = self._insert(node, "Cast", [product], to=int(ir.DataType.FLOAT))
+        both = self._insert(node, "Mul", [scale, scales])
+        both.shape = scales.shape
+        value = self._insert(node, "Mul", [product, both])
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        if bias is not None:
+            value = self._insert(node, "Add", [value, bias])
+        self.editor.replace_value(result, value)
+        self.editor.erase(node)
 
-    def _quantize_input(self, node: ir.Node) -> None:
+    def _insert(
+        self,
+        anchor: ir.Node,
+        op_type: str,
+        inputs: list[ir.Value],
+        dtype: ir.DataType = ir.DataType.FLOAT,
+        **attributes: int,
+    ) -> ir.Value:
+        """A node before `anchor` whose result has the shape of the anchor's."""
+        like = anchor.outputs[0]
+        node = ir.Node(
+            "", op_type, inputs, ir.convenience.convert_attributes(attributes), num_outputs=1
+        )
+        value = node.outputs[0]
+        value.type = ir.TensorType(dtype)
+        value.shape = None if like.shape is None else ir.Shape(list(like.shape.dims))
+        value.name = node.name = fresh_name(self.graph, f"{like.name}/{op_type}")
+        self.editor.insert_before(anchor, node)
+        return value
+
+    def _quantize_input(self, node: ir.Node) -> ir.Node:
+        """One DynamicQuantizeLinear for all readers of a value, before the first."""
         value = node.inputs[0]
         assert value is not None
-        if value not in self.dequantized:
-            self.dequantized[value] = self._insert_pair(node, value)
-        node.replace_input_with(0, self.dequantized[value])
-
-    def _insert_pair(self, node: ir.Node, value: ir.Value) -> ir.Value:
+        if value in self.quantized:
+            return self.quantized[value]
         quantized = ir.Node("", "DynamicQuantizeLinear", [value], num_outputs=3)
-        result = ir.Node("", "DequantizeLinear", quantized.outputs, num_outputs=1)
         shape = None if value.shape is None else list(value.shape.dims)
-        scalar: list[int] = []
-        kinds = (
+        kinds: tuple[tuple[str, ir.DataType, list[Dim] | None], ...] = (
             ("quantized", ir.DataType.UINT8, shape),
-            ("scale", ir.DataType.FLOAT, scalar),
-            ("zero_point", ir.DataType.UINT8, scalar),
-            ("dequantized", ir.DataType.FLOAT, shape),
+            ("scale", ir.DataType.FLOAT, []),
+            ("zero_point", ir.DataType.UINT8, []),
         )
-        outputs = (*quantized.outputs, *result.outputs)
-        for output, (suffix, dtype, dims) in zip(outputs, kinds, strict=True):
+        for output, (suffix, dtype, dims) in zip(quantized.outputs, kinds, strict=True):
             output.name = fresh_name(self.graph, f"{value.name}/{suffix}")
             output.type = ir.TensorType(dtype)
             output.shape = None if dims is None else ir.Shape(dims)
-        quantized.name, result.name = quantized.outputs[0].name, result.outputs[0].name
+        quantized.name = quantized.outputs[0].name
         self.editor.insert_before(node, quantized)
-        self.editor.insert_before(node, result)
-        return result.outputs[0]
+        self.quantized[value] = quantized
+        return quantized
 
 
 def _is_transposed(node: ir.Node) -> bool:

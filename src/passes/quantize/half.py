@@ -30,6 +30,7 @@ from ...ir.quant import QuantPlan, QuantSpec, is_qdq
 from ...targets.target import Target
 from ..base import Context, Pass, PassResult, Stage
 from .half_ops import Ports, convert, half_ports, limit, misfit
+from .known_types import require_types
 from .notes import refusal_notes
 from .qdq import drop_unused_constant
 
@@ -59,7 +60,7 @@ class _HalfPass(Pass):
         return _Rewriter(model, self, self._computes(context.target)).plan()
 
     def run(self, model: ir.Model, context: Context) -> PassResult:
-        """See `Pass.run`. Values must have types."""
+        """See `Pass.run`."""
         computes = self._computes(context.target)
         rewriter = _Rewriter(model, self, computes)
         plan = rewriter.plan()
@@ -125,6 +126,7 @@ class _Rewriter:
         self.refused: list[tuple[str, str]] = []
         self.misfits: dict[ir.Value, str] = {}
         self.large: set[ir.Value] = set()
+        require_types(model)
         self.returned = self._returned_by_subgraphs()
         self.ports = self._select() if computes else {}
         self.stored = self._select_stored()

@@ -40,6 +40,11 @@ class Affine:
     scale: np.ndarray
     zero_point: np.ndarray
 
+    def __post_init__(self) -> None:
+        # numpy turns 0-d arrays into scalars at the first arithmetic; tensors are made of arrays
+        object.__setattr__(self, "scale", np.asarray(self.scale))
+        object.__setattr__(self, "zero_point", np.asarray(self.zero_point))
+
 
 def integer_range(dtype: ir.DataType) -> tuple[int, int]:
     """The least and greatest value of an integer dtype."""

@@ -323,7 +323,8 @@ class _Planner:
             label=f"int8 {self.scheme}",
             entries=entries,
             nodes=tuple(node.name or node.outputs[0].name or "" for node in nodes),
-            copies={name: count for name, count in stored.items() if count > 1},
+            copies={name: count for name, count in stored.items() if count > 1}
+            | dict.fromkeys(_orphans(activations), 0),
             kept=frozenset(
                 name
                 for name, value in values.items()
@@ -425,6 +426,17 @@ def _is_gate(value: ir.Value, result: int | None) -> bool:
         return size * 8 <= result
     shape = value.shape
     return shape is not None and len(shape) > 2 and all(d == 1 for d in shape.dims[2:])
+
+
+def _orphans(activations: Iterable[Activation]) -> Iterator[str]:
+    """The bounds that go when their Clips do."""
+    gone = {a.absorbed for a in activations if a.absorbed is not None}
+    for node in sorted(gone, key=lambda n: n.outputs[0].name or ""):
+        for value in node.inputs[1:]:
+            if value is None or value.is_graph_output():
+                continue
+            if all(use.node in gone for use in value.uses()):
+                yield value.name or ""
 
 
 def _is_float(value: ir.Value | None) -> bool:

@@ -151,10 +151,9 @@ class _Writer:
                 ir.DataType.FLOAT, spec.parameter_shape((size,))
             )
         else:
-            scale = (
-                self.affines[data].scale.astype(np.float64)
-                * self.weight_affines[weight, item.spec].scale
-            ).astype(np.float32)
+            input_scale = self.affines[data].scale.astype(np.float64)
+            product = input_scale * self.weight_affines[weight, item.spec].scale
+            scale = np.asarray(product, np.float32)
             values, scales = quantize_bias(_array(bias), scale), scale
         base = bias.name or "bias"
         stored = (

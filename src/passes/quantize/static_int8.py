@@ -15,7 +15,9 @@ from ...errors import PassOptionError
 from ...ir.quant import INTEGER_OPS, QuantPlan
 from ...targets.target import QuantScheme, Target
 from ..base import Context, Pass, PassResult, Stage
+from ..fuse.gemm import MatMulAddToGemm
 from .calibrate import Observer, observe
+from .known_types import require_types
 from .notes import refusal_notes
 from .plan import DEFAULT_OPS, Int8Layout, PlanOptions, lay_out
 from .qdq import write_qdq
@@ -63,7 +65,10 @@ class StaticInt8(Pass):
             )
 
     def plan(self, model: ir.Model, context: Context) -> QuantPlan:
-        """What the pass would make of each value. Weights may be absent; nothing changes."""
+        """What the pass would make of each value of a graph that has been through the fuse stage.
+
+        Weights may be absent; nothing changes.
+        """
         layout, _ = self._layout(model, context.target)
         tables = {t.value.name or "": t.spec for t in lookup_tables(model, self.exclude)}
         return dataclasses.replace(layout.plan, entries={**layout.plan.entries, **tables})
@@ -73,6 +78,7 @@ class StaticInt8(Pass):
 
         Needs neither weights nor calibration.
         """
+        _merge_biases(model, context)
         layout, notes = self._layout(model, context.target)
         if layout.nodes:
             write_qdq(model, layout)
@@ -87,6 +93,7 @@ class StaticInt8(Pass):
             UsageError: no calibration data; a target without integers; opset below 10.
             CalibrationError: see `calibrate.observe`.
         """
+        _merge_biases(model, context)
         layout, notes = self._layout(model, context.target)
         notes = (*notes, *_notes(layout))
         if not layout.nodes:
@@ -107,9 +114,20 @@ class StaticInt8(Pass):
         scheme, notes = for_opset(resolve_scheme(self.scheme, target), model)
         if not self.per_channel:
             scheme = dataclasses.replace(scheme, per_channel=False)
+        require_types(model)
         options = PlanOptions(ops=self.ops, exclude=self.exclude, attention=self.attention)
         notes += _session_notes(scheme, target)
         return lay_out(model, scheme, options), notes
+
+
+def _merge_biases(model: ir.Model, context: Context) -> None:
+    """MatMul + bias of matrices as Gemm, as the fuse stage has it already.
+
+    ONNX Runtime 1.32 does so itself before it looks at pairs, and then finds a float bias in its
+    Gemm and runs the node in float.
+    """
+    require_types(model)
+    MatMulAddToGemm().run(model, context)
 
 
 def _session_notes(scheme: QuantScheme, target: Target | None) -> tuple[str, ...]:

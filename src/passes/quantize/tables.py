@@ -1,7 +1,7 @@
 """Lookup tables (embeddings) stored in 8 bits: rows are gathered as integers, then scaled.
 
-Here: which Gathers qualify and the rewrite, shared by the 8-bit passes. Scales are per column: the
-DequantizeLinear behind the Gather can apply those, and only the rows picked become float.
+Here: which Gathers qualify and the rewrite, shared by the 8-bit passes. Scales are per column: a
+multiplication behind the Gather can apply those, and only the rows picked become float.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from ...ir.graph import (
     fresh_name,
     is_absent,
     is_onnx_op,
-    opset_of,
 )
 from ...ir.quant import PerChannel, PerTensor, QuantSpec
 from .numbers import weight_affine
@@ -39,8 +38,6 @@ class Table:
 
 def lookup_tables(model: ir.Model, exclude: tuple[str, ...] = ()) -> Iterator[Table]:
     """The tables of the main graph that qualify, in graph order. Reads no weight."""
-    if opset_of(model) < 10:
-        return
     seen: set[ir.Value] = set()
     for node in model.graph:
         value = node.inputs[0] if is_onnx_op(node, "Gather") else None
@@ -58,56 +55,55 @@ def lookup_tables(model: ir.Model, exclude: tuple[str, ...] = ()) -> Iterator[Ta
             continue
         if any(g.op_type in exclude or (g.name or "") in exclude for g in gathers):
             continue
-        rank = len(tensor.shape)
-        known = all(g.outputs[0].shape is not None for g in gathers)
-        per_column = rank == 2 and opset_of(model) >= 13 and known
-        granularity = PerChannel(1) if per_column else PerTensor()
-        yield Table(value, QuantSpec(ir.DataType.INT8, True, granularity), gathers)
+        granularity = PerChannel(1) if len(tensor.shape) == 2 else PerTensor()
+        spec = QuantSpec(ir.DataType.INT8, True, granularity, zero_points=False)
+        yield Table(value, spec, gathers)
 
 
 def write_tables(model: ir.Model, tables: list[Table]) -> None:
     """Rewrite the Gathers of each table, in place; absent tables stay absent.
 
     before: Gather(W, ids) -> y
-    after:  Gather(W8, ids) -> DequantizeLinear(axis=-1) -> y
+    after:  Gather(W8, ids) -> Cast -> Mul(scales) -> y
+
+    Not a DequantizeLinear: beside a MatMul or Add a runtime would take its scales, one a column,
+    for those of an activation, which has one.
     """
     editor = Editor()
     for table in tables:
         tensor = constant_tensor(table.value)
         assert tensor is not None
         affine = None if is_absent(tensor) else weight_affine(tensor.numpy(), table.spec)
-        integers, scale, zero_point = store(
-            editor, table.gathers[0], table.value, table.spec, affine
-        )
+        integers, scale, _ = store(editor, table.gathers[0], table.value, table.spec, affine)
         for gather in table.gathers:
-            result = gather.outputs[0]
-            gathered = ir.Node(
-                "",
-                "Gather",
-                [integers, gather.inputs[1]],
-                ir.convenience.convert_attributes({"axis": 0}),
-                num_outputs=1,
-                name=gather.name,
-            )
-            gathered.outputs[0].type = ir.TensorType(table.spec.dtype)
-            gathered.outputs[0].shape = result.shape
-            axis = {} if result.shape is None else {"axis": max(len(result.shape) - 1, 0)}
-            if isinstance(table.spec.granularity, PerTensor):
-                axis = {}
-            scaled = ir.Node(
-                "",
-                "DequantizeLinear",
-                [gathered.outputs[0], scale, zero_point],
-                ir.convenience.convert_attributes(axis),
-                num_outputs=1,
-            )
-            scaled.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-            scaled.outputs[0].shape = result.shape
-            editor.insert_before(gather, gathered)
-            editor.insert_before(gather, scaled)
-            scaled.name = fresh_name(model.graph, f"{result.name}/dequantize")
-            editor.replace_node(gather, scaled.outputs[0])
+            rows = gather.inputs[1]
+            assert rows is not None
+            value = _insert(editor, gather, "Gather", [integers, rows], table.spec.dtype, axis=0)
+            value = _insert(editor, gather, "Cast", [value], to=int(ir.DataType.FLOAT))
+            value = _insert(editor, gather, "Mul", [value, scale])
+            editor.replace_node(gather, value)
         drop_unused_constant(table.value)
+
+
+def _insert(
+    editor: Editor,
+    anchor: ir.Node,
+    op_type: str,
+    inputs: list[ir.Value],
+    dtype: ir.DataType = ir.DataType.FLOAT,
+    **attributes: int,
+) -> ir.Value:
+    like, graph = anchor.outputs[0], anchor.graph
+    assert isinstance(graph, ir.Graph)
+    node = ir.Node(
+        "", op_type, inputs, ir.convenience.convert_attributes(attributes), num_outputs=1
+    )
+    value = node.outputs[0]
+    value.type = ir.TensorType(dtype)
+    value.shape = None if like.shape is None else ir.Shape(list(like.shape.dims))
+    value.name = node.name = fresh_name(graph, f"{like.name}/{op_type}")
+    editor.insert_before(anchor, node)
+    return value
 
 
 def _picks_rows(node: ir.Node, index: int, graph: ir.Graph) -> bool:

@@ -26,6 +26,7 @@ from ...ir.graph import (
 from ...ir.ops import weight_channel_axis
 from ...ir.quant import PerBlock, PerChannel, QuantPlan, QuantSpec
 from ..base import Context, Pass, PassResult, Stage
+from .known_types import require_types
 from .notes import refusal_notes
 from .numbers import Affine, quantize, weight_affine
 from .qdq import Stored, absent, dequantize, drop_unused_constant, store
@@ -129,6 +130,7 @@ class WeightOnly(Pass):
                 where=f"pass {self.name!r}",
                 fix="load the model with edgepass.load, which converts old opsets",
             )
+        require_types(model)
         weights: list[_Weight] = []
         refused: list[tuple[str, str]] = []
         for node in model.graph:
