@@ -1,6 +1,6 @@
 """What edgepass is for, in a minute: will it fit, make it fit, is it still right.
 
-Run by `make demo`. Real data, true labels; the arm64 part runs where the emulated machine is set up.
+Run by `make demo`. Real data, true labels; arm64 is run where the emulated machine is there.
 """
 
 from __future__ import annotations
@@ -47,17 +47,15 @@ def main() -> None:
     console.print(int8.ledger.table())
     console.print(int8.placement.table())
 
-    console.rule("3. Is it still right? Held-out images, true labels")
+    console.rule(f"3. Is it still right? {len(labels)} held-out images, true labels")
     folder = Path(tempfile.mkdtemp(prefix="edgepass-demo-"))
     for name, compiled in (("float32", float32), ("int8", int8)):
         artifact = edgepass.load(compiled.save(folder / name))
         size = sum(f.stat().st_size for f in (folder / name).glob("model.*"))
         share = accuracy(artifact.run, test, labels)
-        console.print(f"host      {name:8} {size:9,} bytes  accuracy {share:.4f} of {len(labels)}")
+        console.print(f"host      {name:8} {size:9,} bytes  accuracy {share:.4f}")
     emulated(folder, test, labels)
-    console.print(
-        f"\nArtifacts are in {folder}; try: edgepass run {folder / 'int8'} --emulate arm64"
-    )
+    console.print(f"\nArtifacts are in {folder}; try: edgepass run {folder}/int8 --emulate arm64")
 
 
 def emulated(folder: Path, test: np.ndarray, labels: np.ndarray) -> None:

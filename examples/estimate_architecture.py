@@ -2,6 +2,7 @@
 
 import torch
 from digits import DigitsNet
+from rich.console import Console
 
 import edgepass
 
@@ -17,4 +18,4 @@ for width in (32, 128, 512):
     print(f"width {width}")
     print(estimate)
 
-print(estimate.per_node_table("int8"))
+Console(width=160).print(estimate.per_node_table("int8"))

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from ..ir.analysis import last_uses
 from ..ir.graph import describe_value, is_onnx_op, node_subgraphs
 from ..ir.ops import is_elementwise, is_view
-from ..ir.quant import QuantPlan, is_dequantize
+from ..ir.quant import QuantPlan, is_dequantize, is_quantize
 from ..targets.target import Target
 from .storage import Storage, storage_for
 
@@ -111,7 +111,9 @@ class _Liveness:
         opened: list[list[ir.Value]] = []
         extra: list[int] = []
         for i, node in enumerate(nodes):
-            transient = sum(self._transient_bytes(i, node, v) for v in node.outputs)
+            transient = self._transient_bytes(i, node) if self.mixed else 0
+            if self.mixed:
+                self._hold_for_kernel(i, node)
             opened.append(self._open(i, node) + copies.get(i, []))
             extra.append(transient + self.storage.unpacked_bytes(node) + self._body_bytes(node))
         alive = self._sweep(opened, extra)
@@ -251,11 +253,40 @@ class _Liveness:
                 return buffer
         return None
 
-    def _transient_bytes(self, i: int, node: ir.Node, value: ir.Value) -> int:
-        size = self.storage.transient_bytes(value)
-        if size and is_elementwise(node) and self._dying_buffer(i, node, size) is not None:
+    def _transient_bytes(self, i: int, node: ir.Node) -> int:
+        """What floats that are quantized at once add to the 8 bits that are counted anyway.
+
+        While the node runs there are its floats and its inputs; while the first of the floats is
+        quantized, the inputs that nobody else needs are gone and 8 bits have come.
+        """
+        floats = smalls = largest = 0
+        for value in node.outputs:
+            full = self.storage.transient_bytes(value)
+            if full and (not is_elementwise(node) or self._dying_buffer(i, node, full) is None):
+                small = self.storage.held_bytes(value) or 0
+                floats, smalls, largest = floats + full, smalls + small, max(largest, small)
+        if not floats:
             return 0
-        return size
+        buffers = {b for v in node.inputs if (b := self._buffer(node, v)) is not None}
+        dying = sum(self.size[b] for b in buffers if self.until[b] == i)
+        return floats - smalls + max(0, largest - dying)
+
+    def _hold_for_kernel(self, i: int, node: ir.Node) -> None:
+        """An integer kernel writes at its last node, a QuantizeLinear or an activation that
+        saturation replaces: its inputs stay until there."""
+        value = node.inputs[0] if node.inputs else None
+        if value is None or not self.storage.is_fused_away(value):
+            return
+        maker = value.producer()
+        if not is_quantize(node) and self.storage.absorbed(node) is not maker:
+            return
+        for source in maker.inputs if maker is not None else ():
+            origin = None if source is None else source.producer()
+            if source is not None and is_dequantize(origin):
+                source = origin.inputs[0]  # type: ignore[union-attr]
+            buffer = None if source is None else self.root.get(source)
+            if buffer is not None:
+                self.until[buffer] = max(self.until[buffer], i)
 
     def _body_bytes(self, node: ir.Node) -> int:
         """The peak inside a node; of an If, its hungrier branch."""

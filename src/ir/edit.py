@@ -192,6 +192,8 @@ class Editor:
             graph = graph.graph
         if not isinstance(graph, ir.Graph):
             return
+        if node.name is None:
+            node.name = fresh_name(graph, f"{anchor.name or anchor.op_type}/{node.op_type}")
         for i, value in enumerate(node.outputs):
             if value.name is None:
                 base = anchor.outputs[min(i, len(anchor.outputs) - 1)].name or node.op_type
@@ -243,7 +245,6 @@ class Builder:
                 {k: v for k, v in attributes.items() if v is not None}
             ),
             num_outputs=_outputs,
-            name=self._anchor.name,
         )
         return self._editor.insert_before(self._anchor, node)
 

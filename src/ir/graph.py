@@ -277,13 +277,14 @@ _STACK_LINE = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 def source_line(node: ir.Node) -> str:
     """The user's source line that made the node (`model.py:12 in forward`), or ''.
 
-    torch's exporter keeps the Python stack trace in `metadata_props`; the last frame is the
-    user's.
+    torch's exporter keeps the Python stack trace in `metadata_props`; the last frame outside
+    installed packages is the user's (the last of all, where there is none).
     """
     frames = _STACK_LINE.findall(node.metadata_props.get("pkg.torch.onnx.stack_trace", ""))
     if not frames:
         return ""
-    path, line, function = frames[-1]
+    own = [frame for frame in frames if "site-packages" not in frame[0]]
+    path, line, function = (own or frames)[-1]
     return f"{os.path.basename(path)}:{line} in {function}"
 
 

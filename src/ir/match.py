@@ -279,7 +279,17 @@ def _match_inputs(
         failure = _match_value(wanted, value, found, depth)
         if failure is not None:
             return failure
+        if isinstance(wanted, Const) and wanted.value is not None and _raises_rank(value, node):
+            return Mismatch("the constant gives the result more dimensions", value, depth)
     return None
+
+
+def _raises_rank(constant: ir.Value, node: ir.Node) -> bool:
+    """Whether a one-element constant, by its own dimensions, makes the result's rank higher than
+    that of the other inputs: then it is no plain number. Unknown ranks count as too low."""
+    rank = 0 if constant.shape is None else len(constant.shape)
+    others = [v.shape for v in node.inputs if v is not None and v is not constant]
+    return rank > max((len(shape) for shape in others if shape is not None), default=0)
 
 
 def _match_value(

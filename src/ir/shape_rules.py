@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn, Protocol
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
@@ -21,7 +22,19 @@ from .graph import ONNX_DOMAINS, Dim
 Dims = tuple[Dim, ...]
 Element = int | float | ir.SymbolicDim
 Data = tuple[Element, ...]
-"""The elements of a small tensor of rank 0 or 1, flat; symbols where they are not known."""
+"""The elements of a small tensor, flat in row-major order; symbols where they are not known."""
+
+
+def element_grid(data: Data, dims: Dims) -> np.ndarray | None:
+    """Followed elements as an object array of their shape; None when that is not static."""
+    if not all(isinstance(d, int) for d in dims):
+        return None
+    flat = np.empty(len(data), object)
+    flat[:] = data
+    try:
+        return flat.reshape([d for d in dims if isinstance(d, int)])
+    except ValueError:  # a broadcast single element
+        return None
 
 
 class Contradiction(Exception):  # noqa: N818 (internal; becomes ShapeError or a diagnostic)

@@ -495,7 +495,12 @@ def reduce(call: Call) -> None:
         axes = [] if call.attr("noop_with_empty_axes", 0) else list(range(len(dims)))
     put_reduced(call, dims, axes, bool(keep))
     data = call.data(0)
-    if data is not None and axes == [0] and not any(isinstance(e, float) for e in data):
+    if (
+        data is not None
+        and len(dims) == 1
+        and axes == [0]
+        and not any(isinstance(e, float) for e in data)
+    ):
         sizes = [e for e in data if not isinstance(e, float)]
         if call.node.op_type == "ReduceProd":
             call.put(0, data=(dim_math.product(sizes),))

@@ -14,10 +14,10 @@ import onnx_ir as ir
 
 from . import dims as dim_math
 from .graph import Dim
-from .shape_rules import Call, Data, Dims, Element, Undecided, rule
+from .shape_rules import Call, Data, Dims, Element, Undecided, element_grid, rule
 from .shape_rules_elementwise import MAX_DATA
 
-_END = 1 << 31  # exporters write "to the end" as INT32_MAX, INT64_MAX or their negatives
+_END = 10**9  # exporters write "to the end" as 1e9, INT32_MAX, INT64_MAX or their negatives
 
 
 def dims_from_data(call: Call, data: Data | None, length: Dim | None, output: int = 0) -> Dims:
@@ -79,7 +79,7 @@ def reshape(call: Call) -> None:
     result = _reshaped(call, source, shape)
     call.put(0, result)
     data = call.data(0)
-    if data is not None and len(result) <= 1:
+    if data is not None:
         call.put(0, data=data)
 
 
@@ -211,7 +211,7 @@ def unsqueeze(call: Call) -> None:
     rest = iter(dims)
     call.put(0, [1 if i in axes else next(rest) for i in range(rank)])
     data = call.data(0)
-    if data is not None and rank <= 1:
+    if data is not None:
         call.put(0, data=data)
 
 
@@ -224,8 +224,9 @@ def transpose(call: Call) -> None:
     if sorted(order) != list(range(len(dims))):
         call.fail(f"perm {order} is no permutation of the axes of {dim_math.text(dims)}")
     call.put(0, [dims[a] for a in order])
-    if call.data(0) is not None and len(dims) <= 1:
-        call.put(0, data=call.data(0))
+    data = call.data(0)
+    if data is not None and (grid := element_grid(data, dims)) is not None:
+        call.put(0, data=tuple(grid.transpose(order).reshape(-1)))
 
 
 @rule("Expand")
@@ -408,10 +409,8 @@ def slice_(call: Call) -> None:
         result[axis] = _or_fresh(call, _slice_length(call, dims[axis], *at), axis)
     call.put(0, result)
     data = call.data(0)
-    if data is not None and len(dims) == 1 and len(axes) == 1:
-        bounds = (starts or (None,))[0], (ends or (None,))[0], (steps or (1,))[0]
-        if all(type(b) is int for b in bounds):
-            call.put(0, data=_slice_data(data, *bounds))  # type: ignore[arg-type]
+    if data is not None:
+        call.put(0, data=_slice_data(data, dims, axes, starts, ends, steps))
 
 
 def _taken(elements: Data | None, position: int) -> Element:
@@ -472,8 +471,8 @@ def _python_end(end: int, step: int) -> int | None:
 
 def _reversed_length(dim: Dim, start: Element, end: Element, step: int) -> Dim:
     """Negative steps over a symbol: only the whole axis reversed is followed."""
-    from_last = isinstance(start, int) and (start == -1 or start >= _END - 1)
-    if from_last and isinstance(end, int) and end <= -_END + 1:
+    from_last = isinstance(start, int) and (start == -1 or start >= _END)
+    if from_last and isinstance(end, int) and end <= -_END:
         return dim_math.ceildiv(dim, -step)
     return dim_math.UNKNOWN
 
@@ -483,9 +482,9 @@ def _bound(dim: Dim, position: Element) -> Dim:
     if isinstance(position, float):
         return dim_math.UNKNOWN
     if isinstance(position, int):
-        if position >= _END - 1:
+        if position >= _END:
             return dim
-        if position <= -_END + 1:
+        if position <= -_END:
             return 0
         if position < 0:
             return dim_math.maximum(dim_math.add(dim, position), 0)
@@ -500,8 +499,25 @@ def _bound(dim: Dim, position: Element) -> Dim:
     return dim_math.minimum(position, dim)
 
 
-def _slice_data(data: Data, start: int, end: int, step: int) -> Data:
-    return data[slice(start, _python_end(end, step), step)]
+def _slice_data(
+    data: Data,
+    dims: Dims,
+    axes: list[int],
+    starts: Data | None,
+    ends: Data | None,
+    steps: Data | None,
+) -> Data | None:
+    grid = element_grid(data, dims)
+    if grid is None:
+        return None
+    picks = [slice(None)] * len(dims)
+    for position, axis in enumerate(axes):
+        bounds = _taken(starts, position), _taken(ends, position), _taken(steps, position)
+        start, end, step = (b if type(b) is int else None for b in bounds)
+        if start is None or end is None or step is None:
+            return None
+        picks[axis] = slice(start, _python_end(end, step), step)
+    return tuple(grid[tuple(picks)].reshape(-1))
 
 
 @rule("Pad")

@@ -400,8 +400,7 @@ class ShapeInference:
         """
         found = self._declared.get(value)
         if found is None:
-            shape = value.shape
-            found = (None if shape is None else shape.dims, value.type)
+            found = (_declared_dims(value), value.type)
             if self._depth or self.refresh:
                 self._declared[value] = found
         return found
@@ -546,7 +545,7 @@ class ShapeInference:
             return constant
         kind = value.type
         plain = kind is None or isinstance(kind, ir.TensorType)
-        dims = None if value.shape is None else value.shape.dims
+        dims = _declared_dims(value)
         if dims is not None:
             dims = self._name_unknown(value, dims)
         return Fact(value.dtype, dims, None, None if plain else kind)
@@ -567,15 +566,29 @@ class ShapeInference:
         return Fact(tensor.dtype, dims, _small_data(tensor, dims))
 
 
+def _declared_dims(value: ir.Value) -> Dims | None:
+    """A value's dimensions; the -1 or "?" that some converters write for "unknown" says nothing."""
+    if value.shape is None:
+        return None
+    dims = value.shape.dims
+    if any(_says_nothing(d) for d in dims):
+        return tuple(dim_math.UNKNOWN if _says_nothing(d) else d for d in dims)
+    return dims
+
+
+def _says_nothing(dim: Dim) -> bool:
+    return dim < 0 if isinstance(dim, int) else dim.value in ("", "?")
+
+
 def _small_data(tensor: ir.TensorProtocol, dims: Dims) -> Data | None:
     """A constant's elements where a shape may depend on them; never a large one's."""
-    if len(dims) > 1 or is_absent(tensor):
+    if is_absent(tensor):
         return None
     dtype = tensor.dtype
     integer = dtype in _FOLLOWED
     if not integer and dtype not in (ir.DataType.FLOAT, ir.DataType.DOUBLE):
         return None
-    size = dims[0] if dims else 1
+    size = dim_math.product(dims)
     if not isinstance(size, int) or size > (MAX_DATA if integer else _MAX_FLOATS):
         return None
     try:

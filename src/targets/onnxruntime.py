@@ -17,11 +17,12 @@ import numpy as np
 import onnx_ir as ir
 
 from ..errors import EdgepassError, LoweringError, ModelFileError, UsageError
-from .feed import TensorSpec, check_feed, dtype_name, input_specs, output_specs
+from .feed import TensorSpec, check_feed, input_specs, output_specs
 from .onnx_file import INLINE_LIMIT, leaves_message, serialize, weight_bytes, write_onnx
 from .ort_errors import translate
 from .ort_file import canonicalize
 from .ort_support import highest_opset, kernel_support, ort_supports, runs_in_float32
+from .ort_values import exotic_dtype, ort_value, to_numpy
 from .target import Target
 
 __all__ = [
@@ -95,7 +96,7 @@ class OrtRunner:
         self.outputs = tuple(_spec(node) for node in self._session.get_outputs())
         self._optional = [n.name for n in self._session.get_overridable_initializers()]
         ports = (*self.inputs, *self.outputs)
-        self._exotic = any(_exotic_dtype(port.dtype) is not None for port in ports)
+        self._exotic = any(exotic_dtype(port.dtype) is not None for port in ports)
 
     def run(
         self, feed: Mapping[str, Any], outputs: Sequence[str] | None = None
@@ -181,14 +182,14 @@ class OrtRunner:
 
         values = {}
         for spec in self.inputs:
-            array, exotic = np.ascontiguousarray(feed[spec.name]), _exotic_dtype(spec.dtype)
+            array, exotic = np.ascontiguousarray(feed[spec.name]), exotic_dtype(spec.dtype)
             array = array.reshape(np.shape(feed[spec.name]))
             if exotic is None:
                 values[spec.name] = ort.OrtValue.ortvalue_from_numpy(array)
             else:
                 values[spec.name] = ort_value(array, exotic)
         results = self._session.run_with_ort_values(names, values)
-        return {name: _to_numpy(value) for name, value in zip(names, results, strict=True)}
+        return {name: to_numpy(value) for name, value in zip(names, results, strict=True)}
 
 
 def create_session(
@@ -241,6 +242,7 @@ _ORT_TYPES = {
     "float8e4m3fnuz": "float8_e4m3fnuz",
     "float8e5m2": "float8_e5m2",
     "float8e5m2fnuz": "float8_e5m2fnuz",
+    "float4e2m1": "float4_e2m1fn",
 }
 
 
@@ -250,38 +252,6 @@ def _spec(node: Any) -> TensorSpec:
     dtype = _ORT_TYPES.get(match.group(1), match.group(1)) if match else node.type
     shape = tuple(d if isinstance(d, int | str) else None for d in node.shape)
     return TensorSpec(node.name, dtype, shape or None)
-
-
-def _exotic_dtype(name: str) -> ir.DataType | None:
-    for dtype in (
-        ir.DataType.BFLOAT16,
-        ir.DataType.FLOAT8E4M3FN,
-        ir.DataType.FLOAT8E4M3FNUZ,
-        ir.DataType.FLOAT8E5M2,
-        ir.DataType.FLOAT8E5M2FNUZ,
-    ):
-        if dtype_name(dtype) == name:
-            return dtype
-    return None
-
-
-def ort_value(array: np.ndarray, dtype: ir.DataType) -> Any:
-    """An OrtValue over the array's own memory, which it keeps alive."""
-    import onnxruntime as ort
-
-    contiguous = np.ascontiguousarray(array).reshape(array.shape)
-    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(contiguous, int(dtype))
-
-
-def _to_numpy(value: Any) -> np.ndarray:
-    import ctypes
-
-    dtype = ir.DataType(value.element_type()) if value.is_tensor() else None
-    if dtype is None or _exotic_dtype(dtype_name(dtype)) is None:
-        array: np.ndarray = value.numpy()
-        return array
-    raw = ctypes.string_at(value.data_ptr(), value.tensor_size_in_bytes())
-    return np.frombuffer(raw, dtype.numpy()).reshape(value.shape()).copy()
 
 
 # --- files -----------------------------------------------------------------------------------

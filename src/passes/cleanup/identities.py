@@ -79,7 +79,7 @@ class RemoveCast(_Cleanup):
 
 @dataclasses.dataclass(frozen=True)
 class CastLikeToCast(_Cleanup):
-    """CastLike(x, y) -> Cast(x, to=dtype of y)."""
+    """CastLike(x, y) -> Cast(x, to=dtype of y); the attributes mean the same in both."""
 
     def pattern(self) -> OpPattern:
         return op.CastLike(var("x"), var("like"))
@@ -90,7 +90,8 @@ class CastLikeToCast(_Cleanup):
     def rewrite(self, m: Match, build: Builder) -> ir.Value:
         dtype = m["like"].dtype
         assert dtype is not None
-        value: ir.Value = build.Cast(m["x"], to=int(dtype))
+        options = {a.name: a.value for a in m.root.attributes.values()}
+        value: ir.Value = build.Cast(m["x"], to=int(dtype), **options)
         value.dtype = dtype
         return value
 
@@ -115,7 +116,7 @@ class RemoveNeutral(_Cleanup):
             return f"the constant is not {neutral:g} everywhere"
         if m["x"].dtype != m.root.outputs[0].dtype:
             return "it converts the dtype"
-        if not _same_shape(m["x"], m.root.outputs[0]) and array.size > 1:
+        if array.size != 1 and not _same_shape(m["x"], m.root.outputs[0]):
             return "it broadcasts x, or shapes are not known"
         if array.size == 1 and array.ndim > 0:
             dims = dims_of(m["x"])

@@ -50,7 +50,7 @@ class HardSigmoidForm(RewriteRule):
     def check(self, m: Match, context: Context) -> str | None:
         if constant_scalar(m["low"]) != 0 or constant_scalar(m["high"]) != 6:
             return "the bounds are not 0 and 6"
-        return None
+        return _must_be_float(m["x"])
 
     def rewrite(self, m: Match, build: Builder) -> ir.Value:
         value: ir.Value = build.HardSigmoid(m["x"], alpha=1 / 6, beta=0.5)
@@ -80,7 +80,7 @@ class HardSwishForm(RewriteRule):
             alpha, beta = m.attribute("gate", "alpha", 0.2), m.attribute("gate", "beta", 0.5)
             if abs(alpha - 1 / 6) > 1e-6 or beta != 0.5:
                 return f"the gate has alpha {alpha:g} and beta {beta:g}, not 1/6 and 0.5"
-        return None
+        return _must_be_float(m["x"])
 
     def rewrite(self, m: Match, build: Builder) -> ir.Value:
         value: ir.Value = build.HardSwish(m["x"])
@@ -135,7 +135,7 @@ class LayerNormForm(RewriteRule):
         if _opset(m.root) < 17:
             return "LayerNormalization is new in opset 17"
         dims = dims_of(m["x"])
-        if dims is None or not isinstance(dims[-1], int):
+        if not dims or not isinstance(dims[-1], int):
             return "the normalized axis has no known size"
         for name in ("mean", "variance"):
             if _reduced_axes(m.node(name), len(dims)) != (len(dims) - 1,):
@@ -149,7 +149,9 @@ class LayerNormForm(RewriteRule):
         for name in ("mean", "centred"):
             if any(id(u) not in inner for u in m.node(name).outputs[0].consumers()):
                 return f"the {name} is used elsewhere too"
-        return None if constant_scalar(m["eps"]) is not None else "epsilon is not one number"
+        if constant_scalar(m["eps"]) is None or m.array("eps").ndim > len(dims):
+            return "epsilon is not one number"
+        return None
 
     def rewrite(self, m: Match, build: Builder) -> ir.Value:
         epsilon = constant_scalar(m["eps"])
@@ -168,6 +170,13 @@ def _reduced_axes(node: ir.Node, rank: int) -> tuple[int, ...] | None:
             return None
         axes = found.reshape(-1)
     return tuple(sorted(int(a) % rank for a in axes))
+
+
+def _must_be_float(value: ir.Value) -> str | None:
+    """Why not: the same nodes over integers divide with truncation."""
+    if value.dtype is None or not value.dtype.is_floating_point():
+        return f"it computes in {value.dtype.name if value.dtype else 'an unknown dtype'}"
+    return None
 
 
 def _opset(node: ir.Node) -> int:

@@ -8,23 +8,29 @@ neither reproducible nor meant to be compiled for another CPU than the one it wa
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import logging
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 from ...errors import LoweringError
 from .crosscompile import architecture_of, host_architecture
 
+SEEN_TO_WORK = "apache-tvm 0.27.0.post1 with apache-tvm-ffi 0.1.14.post1 (0.1.15 crashes in it)"
 
-def tune(module: Any, target: Any, trials: int, names: tuple[str, ...]) -> Any:
-    """`module` with the functions in `names` tuned, at most `trials` measurements in all.
 
-    A function for which nothing valid was found stays as it is.
+def tune(module: Any, target: Any, trials: int, names: Sequence[str]) -> Any:
+    """`module` with the functions in `names` tuned, `trials` measurements shared among them.
+
+    A function with symbolic shapes, or for which nothing valid was found, stays as it is.
 
     Raises:
         LoweringError: the target is not this machine, or MetaSchedule failed.
     """
+    import tvm
+
     triple = str(target.attrs.get("mtriple", ""))
     if architecture_of(triple) != host_architecture():
         raise LoweringError(
@@ -33,61 +39,56 @@ def tune(module: Any, target: Any, trials: int, names: tuple[str, ...]) -> Any:
             why="tuning_trials is above 0 for a cross-compiled target",
             fix="set tuning_trials=0: the deterministic schedules need no measurement",
         )
-    if not names:
-        return module
+    variables = {var.name_hint: var for var in module.get_global_vars()}
+    chosen = [name for name in names if _is_static(module[variables[name]])]
+    tuned = tvm.IRModule(module.functions, attrs=module.attrs)
+    for position, name in enumerate(chosen):
+        share = trials // len(chosen) + (position < trials % len(chosen))
+        if share:
+            best = _best(module[variables[name]], target, share)
+            if best is not None:
+                tuned.update_func(variables[name], best)
+    return tuned
+
+
+def _is_static(function: Any) -> bool:
+    shapes = [buffer.shape for buffer in function.buffer_map.values()]
+    return all(hasattr(size, "value") for shape in shapes for size in shape)
+
+
+def _best(function: Any, target: Any, trials: int) -> Any:
+    """The function under the fastest schedule measured, or None."""
     import tvm
-
-    functions = {var.name_hint: func for var, func in module.functions.items()}
-    tunable = {name: functions[name] for name in names if name in functions}
-    part = tvm.IRModule({tvm.ir.GlobalVar(name): func for name, func in tunable.items()})
-    return _put_back(module, _measured(part, target, trials))
-
-
-def _measured(part: Any, target: Any, trials: int) -> Any:
-    from tvm import relax
     from tvm.s_tir import meta_schedule
 
-    logging.getLogger("tvm.s_tir.meta_schedule").setLevel(logging.ERROR)
-    sized = _with_cores(target)
+    for name in ("tvm.s_tir.meta_schedule", "tvm.s_tir.meta_schedule.logging"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    cores = {**{key: value for key, value in target.export().items() if value}, "num-cores": 1}
+    sized = tvm.target.Target(cores)
+    bare = function.without_attr("tirx.is_scheduled")
     with (
         tempfile.TemporaryDirectory(prefix="edgepass-tune-") as folder,
         contextlib.redirect_stdout(io.StringIO()),
     ):
         try:
-            database = meta_schedule.relax_integration.tune_relax(
-                mod=part,
-                params={},
-                target=sized,
-                work_dir=folder,
+            database = meta_schedule.tune_tir(
+                bare,
+                sized,
+                folder,
                 max_trials_global=trials,
+                num_trials_per_iter=min(trials, 64),
+                cost_model="xgb" if importlib.util.find_spec("xgboost") else "random",
+                num_tuning_cores=1,
                 seed=1,
             )
-            with sized, database:
-                return relax.transform.MetaScheduleApplyDatabase(enable_warning=False)(part)
+            schedule = meta_schedule.tir_integration.compile_tir(database, bare, sized)
         except Exception as error:  # it starts worker processes, and anything of theirs comes up
             raise LoweringError(
                 "MetaSchedule failed",
-                where=str(target),
-                why=f"{type(error).__name__}: {str(error).strip().splitlines()[-1:]}",
-                fix="set tuning_trials=0; apache-tvm-ffi 0.1.14.post1 is the version seen to work",
+                where=str(function.attrs.get("global_symbol", "")),
+                why=f"{type(error).__name__}: {str(error).strip()[-200:]}",
+                fix=f"set tuning_trials=0; seen to work: {SEEN_TO_WORK}",
             ) from error
-
-
-def _with_cores(target: Any) -> Any:
-    """MetaSchedule refuses a CPU target that does not say how many cores it has."""
-    import tvm
-
-    fields = dict(target.export())
-    fields["num-cores"] = 1
-    return tvm.target.Target(fields)
-
-
-def _put_back(module: Any, tuned: Any) -> Any:
-    import tvm
-
-    replaced = tvm.IRModule(module.functions, attrs=module.attrs)
-    names = {var.name_hint: var for var in replaced.get_global_vars()}
-    for var, func in tuned.functions.items():
-        if func.attrs is not None and func.attrs.get("tirx.is_scheduled", False):
-            replaced.update_func(names[var.name_hint], func)
-    return replaced
+    if schedule is None:
+        return None
+    return schedule.mod["main"].with_attr(dict(function.attrs))

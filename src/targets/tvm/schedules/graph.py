@@ -130,9 +130,9 @@ class FlatGraph:
             self._constants[binding.var] = folded
             node.op = "constant"
             return
-        uses = [item for item in node.inputs if self.constant(item) is None]
-        if op in ("opaque", "alias"):
-            uses = self._variables(value)
+        # All variables, also those inside tuples; a fused test is not a use of its own.
+        uses = node.inputs if op == "nan_to" else self._variables(value)
+        uses = [item for item in uses if self.constant(item) is None]
         for item in dict.fromkeys(uses):
             self.users.setdefault(item, []).append(node)
 
@@ -216,8 +216,11 @@ class FlatGraph:
         known = [value for value in values if value is not None]
         if not known or len(known) != len(values):
             return None
-        result = np.asarray(evaluate(known, node)).astype(node.dtype, copy=False)
-        return result if result.shape == node.shape else None
+        with np.errstate(all="ignore"):
+            result = evaluate(known, node)
+        if result is None or np.shape(result) != node.shape:
+            return None
+        return np.asarray(result).astype(node.dtype, copy=False)
 
 
 def _permuted(values: Sequence[Array], node: Node) -> Array:
@@ -228,6 +231,22 @@ def _permuted(values: Sequence[Array], node: Node) -> Array:
 def _reshaped(values: Sequence[Array], node: Node) -> Array:
     assert node.shape is not None
     return values[0].reshape(node.shape)
+
+
+def _divided(values: Sequence[Array]) -> Array | None:
+    return values[0] / values[1] if values[0].dtype.kind == "f" else None
+
+
+def _reduced(reduce: Callable[..., Any]) -> Callable[[Sequence[Array], Node], Any]:
+    def evaluate(values: Sequence[Array], node: Node) -> Array:
+        axes = node.attrs.axis
+        axis = None if axes is None else tuple(int(item) for item in axes)
+        # In double precision: constants are to be no less exact than TVM would make them.
+        return np.asarray(
+            reduce(values[0].astype(np.float64), axis=axis, keepdims=bool(node.attrs.keepdims))
+        )
+
+    return evaluate
 
 
 _FOLDABLE: dict[str, Callable[[Sequence[Array], Node], Any]] = {
@@ -242,6 +261,14 @@ _FOLDABLE: dict[str, Callable[[Sequence[Array], Node], Any]] = {
     "add": lambda values, node: values[0] + values[1],
     "subtract": lambda values, node: values[0] - values[1],
     "multiply": lambda values, node: values[0] * values[1],
+    "divide": lambda values, node: _divided(values),
+    "square": lambda values, node: np.square(values[0]),
+    "rsqrt": lambda values, node: 1 / np.sqrt(values[0]),
+    "negative": lambda values, node: -values[0],
+    "mean": _reduced(np.mean),
+    "variance": _reduced(np.var),
+    "sum": _reduced(np.sum),
+    "broadcast_to": lambda values, node: np.broadcast_to(values[0], node.shape or ()),
     "less": lambda values, node: values[0] < values[1],
     "sqrt": lambda values, node: np.sqrt(values[0]),
     "astype": lambda values, node: values[0].astype(node.dtype),
