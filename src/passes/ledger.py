@@ -113,21 +113,24 @@ class Ledger:
         }
 
     def table(self) -> Any:
-        """A `rich.table.Table`."""
+        """A rich renderable: the table, and below it the notes of each pass that has any."""
+        from rich.console import Group
+        from rich.padding import Padding
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(title="Ledger", title_justify="left", show_edge=False, pad_edge=False)
-        for heading in ("pass", "nodes", "weights", "MACs", "error", "seconds", "notes"):
-            right = heading not in ("pass", "notes")
-            table.add_column(
-                heading,
-                justify="right" if right else "left",
-                overflow="fold",
-                no_wrap=right,
-            )
-        for row in self._lines():
-            table.add_row(*row)
-        return table
+        for heading in ("pass", "nodes", "weights", "MACs", "error", "seconds"):
+            right = heading != "pass"
+            table.add_column(heading, justify="right" if right else "left", no_wrap=right)
+        for line in self._lines():
+            table.add_row(*line[:6])
+        notes = [
+            Padding(Text(f"{row.name}: {'; '.join(row.notes)}", style="dim"), (0, 0, 0, 2))
+            for row in self.rows
+            if row.notes
+        ]
+        return Group(table, *notes)
 
     def _lines(self) -> list[tuple[str, ...]]:
         lines: list[tuple[str, ...]] = []

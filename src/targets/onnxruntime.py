@@ -180,14 +180,14 @@ class OrtRunner:
         """The way through OrtValues, which takes the dtypes that numpy itself lacks."""
         import onnxruntime as ort
 
+        dtypes = {spec.name: exotic_dtype(spec.dtype) for spec in self.inputs}
         values = {}
-        for spec in self.inputs:
-            array, exotic = np.ascontiguousarray(feed[spec.name]), exotic_dtype(spec.dtype)
-            array = array.reshape(np.shape(feed[spec.name]))
+        for name, given in feed.items():
+            array, exotic = np.ascontiguousarray(given).reshape(np.shape(given)), dtypes.get(name)
             if exotic is None:
-                values[spec.name] = ort.OrtValue.ortvalue_from_numpy(array)
+                values[name] = ort.OrtValue.ortvalue_from_numpy(array)
             else:
-                values[spec.name] = ort_value(array, exotic)
+                values[name] = ort_value(array, exotic)
         results = self._session.run_with_ort_values(names, values)
         return {name: to_numpy(value) for name, value in zip(names, results, strict=True)}
 

@@ -52,8 +52,11 @@ def tune(module: Any, target: Any, trials: int, names: Sequence[str]) -> Any:
 
 
 def _is_static(function: Any) -> bool:
-    shapes = [buffer.shape for buffer in function.buffer_map.values()]
-    return all(hasattr(size, "value") for shape in shapes for size in shape)
+    """Whether every parameter is a buffer of known sizes."""
+    return all(
+        hasattr(parameter, "shape") and all(hasattr(size, "value") for size in parameter.shape)
+        for parameter in function.params
+    )
 
 
 def _best(function: Any, target: Any, trials: int) -> Any:
