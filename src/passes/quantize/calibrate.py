@@ -34,7 +34,8 @@ def observe(
 ) -> dict[str, Range]:
     """The range of each value (float32, of the main graph) over all samples, by name.
 
-    The reductions happen inside the graph, so memory is that of one inference. Least and greatest
+    The reductions happen inside the graph, so memory is that of one inference, as long as `values`
+    are in graph order. Least and greatest
     are associative: the order of samples does not matter.
 
     Raises:
@@ -118,7 +119,10 @@ def _watch(model: ir.Model, names: Sequence[str]) -> tuple[ir.Model, dict[str, s
     zero = add_initializer(graph, "observe/zero", np.zeros((), np.float32))
     flat = add_initializer(graph, "observe/flat", np.array([-1], np.int64))
     outputs = {}
-    for name in names:
+    # ONNX Runtime 1.32 runs depth first from the last node without readers: the first value must
+    # come last, or every value is computed before the first is reduced and let go. Measured on a
+    # text detector, 163 values: 352 MB so, 1,190 MB in graph order, 338 MB without reductions.
+    for name in reversed(names):
         value = by_name[name]
 
         def make(op: str, *inputs: ir.Value, _base: str = name, **attributes: int) -> ir.Value:
