@@ -14,6 +14,7 @@ from ...errors import EdgepassError, PassOptionError
 from ...ir.edit import Editor
 from ...ir.graph import (
     ONNX_DOMAINS,
+    AbsentTensor,
     add_initializer,
     constant_tensor,
     has_subgraphs,
@@ -36,7 +37,8 @@ class FoldConstants(Pass):
 
     A result may be larger than the constants that it makes unnecessary by `max_growth` bytes at
     most; an expansion (`Expand`, `ConstantOfShape`, `Tile`) over that stays an operator. `Constant`
-    nodes become initializers. Values are computed by ONNX Runtime, all in one session.
+    nodes become initializers. Values are computed by ONNX Runtime, all in one session; of absent
+    weights only the shape and dtype are.
 
         y = Add(x, Mul(2, 3))   ->   y = Add(x, 6)
     """
@@ -77,11 +79,15 @@ class FoldConstants(Pass):
             for value in node.outputs
             if value.is_graph_output() or any(id(u) not in chosen for u in value.consumers())
         ]
-        results = _evaluate(candidates, frontier, opsets)
-        for value, array in results:
-            producer = value.producer()
-            assert producer is not None
-            editor.replace_value(value, add_initializer(graph, f"{value.name}/folded", array))
+        unknown = _depend_on_absent(candidates)
+        known = [node for node in candidates if id(node) not in unknown]
+        wanted = [v for v in frontier if id(v.producer()) not in unknown]
+        results: list[tuple[ir.Value, np.ndarray | ir.TensorProtocol]] = [
+            *(_evaluate(known, wanted, opsets) if wanted else ()),
+            *((v, _absent(v)) for v in frontier if id(v.producer()) in unknown),
+        ]
+        for value, data in results:
+            editor.replace_value(value, add_initializer(graph, f"{value.name}/folded", data))
         folded = 0
         for node in reversed(candidates):
             if not any(v.uses() or v.is_graph_output() for v in node.outputs):
@@ -130,7 +136,29 @@ class FoldConstants(Pass):
 
 def _readable(value: ir.Value) -> ir.TensorProtocol | None:
     tensor = constant_tensor(value)
-    return None if tensor is None or is_absent(tensor) or tensor.dtype in _FOREIGN else tensor
+    return None if tensor is None or tensor.dtype in _FOREIGN else tensor
+
+
+def _depend_on_absent(nodes: list[ir.Node]) -> set[int]:
+    """Those whose results hang on weights without data; shape and dtype are all that is known."""
+    unknown: set[int] = set()
+    for node in nodes:
+        for value in node.inputs:
+            if value is None:
+                continue
+            producer = value.producer()
+            if (producer is not None and id(producer) in unknown) or is_absent(
+                constant_tensor(value)
+            ):
+                unknown.add(id(node))
+    return unknown
+
+
+def _absent(value: ir.Value) -> AbsentTensor:
+    shape = static_shape(value)
+    assert shape is not None
+    assert value.dtype is not None
+    return AbsentTensor(value.name or "", value.dtype, shape, "it is computed from absent weights")
 
 
 def _closed(nodes: list[ir.Node]) -> list[ir.Node]:

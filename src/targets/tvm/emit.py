@@ -22,7 +22,15 @@ import onnx_ir as ir
 
 from ...errors import EdgepassError, LoweringError, UsageError
 from ...ir.graph import static_shape
-from .crosscompile import ELF_MACHINES, architecture_of, elf_machine, fcompile, find_linker
+from .crosscompile import (
+    ELF_MACHINES,
+    Linker,
+    architecture_of,
+    elf_machine,
+    fcompile,
+    find_linker,
+    host_architecture,
+)
 from .gpu import check_gpu_module, gpu_target, lower_gpu, require_code_generator
 from .importer import USE_ONNX_RUNTIME, first_line, require_tvm, to_relax
 from .prepare import dim_key, fix_dims
@@ -99,6 +107,7 @@ def emit(
     out: Path,
     *,
     dims: Mapping[str, int] | None = None,
+    linker: Linker | None = None,
 ) -> TvmEmitReport:
     """Compile `model` into the shared library `out` and its side file `<stem>.json`.
 
@@ -107,6 +116,7 @@ def emit(
         target: what to generate code for.
         out: the library to write, ending in `.so`; the same input gives the same bytes.
         dims: symbolic dimension -> size, to fix before compiling; the others stay symbolic.
+        linker: what to link with; found by itself when None.
 
     Raises:
         UnsupportedOpError: TVM cannot import a node.
@@ -118,7 +128,7 @@ def emit(
     if target.kind in GPU_KINDS:
         require_code_generator(target.kind)
     triple = target.cpu.triple if target.cpu is not None else "x86_64-linux-gnu"
-    linker = find_linker(triple)
+    linker = linker or find_linker(triple)
     _check_cross(target, triple)
     if dims:
         model = fix_dims(model, dims)
@@ -171,8 +181,6 @@ def _folder_of(out: Path) -> Path:
 
 
 def _check_cross(target: TvmTarget, triple: str) -> None:
-    from .crosscompile import host_architecture
-
     if target.cross_compile or architecture_of(triple) == host_architecture():
         return
     raise UsageError(

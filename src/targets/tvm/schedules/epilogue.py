@@ -158,7 +158,7 @@ OPERATIONS: dict[str, _Operation] = {
     "sqrt": lambda m, x, p: _sqrt(m, x[0]),
     "abs": lambda m, x, p: m.maximum(x[0], m.const(0.0) - x[0]),
     "leakyrelu": _leaky,
-    "nan_to": lambda m, x, p: m.select(x[0] == x[0], x[0], m.const(p[0])),
+    "nan_to": lambda m, x, p: m.select(m.is_nan(x[0]), m.const(p[0]), x[0]),
 }
 _POLYNOMIALS = frozenset({"sigmoid", "silu", "gelu", "gelu_tanh", "tanh", "erf", "exp"})
 # Operations whose result on the zeros of padding channels may be infinite or NaN, which would
