@@ -145,7 +145,9 @@ def _stored_change(value: ir.Value, spec: QuantSpec, plan: QuantPlan, integers: 
         "DequantizeLinear", f"{name}/dequantize", inputs, result, **attributes
     )
     dequantize += _told(result, ir.DataType.FLOAT, dims)
-    readers = [use.node for use in value.uses() if _name(use.node) in integers]
+    readers = [use.node for use in value.uses()]
+    if value.name in plan.kept:  # the others go on reading the floats
+        readers = [node for node in readers if _name(node) in integers]
     renamed = sum(text_bytes(result) - text_bytes(name) for _ in readers)
     change = copies * new + max(len(readers), copies) * dequantize + renamed
     return change - (0 if value.name in plan.kept else old)

@@ -161,6 +161,8 @@ class Storage:
             return
         if is_onnx_op(node, "Conv", "ConvTranspose"):
             for value in dict.fromkeys(v for v in node.inputs if v is not None):
+                if constant_tensor(value) is None:
+                    continue
                 spec = self._entries.get(value.name or "")
                 if spec is not None and spec.is_integer and value.name not in self._kept:
                     yield value
