@@ -3,7 +3,7 @@
 LLVM turns a call of `expf` over a vector into one call a lane; these polynomials stay in vector
 registers. The coefficients are our own minimax fits (iteratively reweighted least squares over
 Chebyshev nodes, in double precision). Error of the float32 code, checked in
-`tests/test_tvm_schedules.py`: exp 2e-7 relative (0 below -86.9, just above float32's subnormal range),
+`tests/test_tvm_schedules.py`: exp 2e-7 relative (0 below -86.9, next to the subnormals),
 tanh and erf 3e-7 relative. NaN stays NaN, infinities give the limits.
 """
 
