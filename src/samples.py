@@ -24,8 +24,8 @@ def as_feeds(data: Any, inputs: Sequence[TensorSpec], *, finite: bool = True) ->
     `data` may be a list (or any iterable) of feeds, of tuples in input order, or, for a model of
     one input, of arrays; a mapping from input name to a stack of samples; the path of a `.npz`
     with such stacks, or of a folder of `.npz` files, one sample each. A stack has one axis more
-    than the input (each entry is a sample), or as many (each row is a sample of batch 1). torch
-    tensors are taken as arrays. `finite` refuses NaN and infinity.
+    than the input (each entry is a sample), or as many (then as many rows as the input's batch, 1
+    where that is dynamic, are a sample). torch tensors are taken as arrays. `finite` refuses NaN and infinity.
 
     Raises:
         CalibrationError: a wrong name, dtype or shape, stacks of different length, no sample, NaN.
@@ -77,11 +77,11 @@ def _array(value: Any) -> Any:
 
 def _unstack(stacks: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> list[Feed]:
     arrays = {str(name): np.asarray(_array(value)) for name, value in stacks.items()}
-    ranks = {s.name: None if s.shape is None else len(s.shape) for s in inputs}
-    check_names = {name: array for name, array in arrays.items() if name in ranks}
-    if set(check_names) != set(ranks) or len(arrays) != len(ranks):
+    specs = {spec.name: spec for spec in inputs}
+    if set(arrays) != set(specs):
         check_feed(inputs, arrays, where="the stacked samples")
-    counts = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
+    split = {name: _split(array, specs[name]) for name, array in arrays.items()}
+    counts = {name: len(parts) for name, parts in split.items()}
     if len(set(counts.values())) != 1:
         raise CalibrationError(
             "The stacks have different numbers of samples",
@@ -89,17 +89,20 @@ def _unstack(stacks: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> list[Fe
             fix="give each input one entry a sample along its first axis",
         )
     total = next(iter(counts.values()))
-    feeds: list[Feed] = []
-    for i in range(total):
-        feeds.append(
-            {
-                name: np.ascontiguousarray(
-                    array[i : i + 1] if array.ndim == ranks[name] else array[i]
-                )
-                for name, array in arrays.items()
-            }
-        )
-    return feeds
+    return [{name: parts[i] for name, parts in split.items()} for i in range(total)]
+
+
+def _split(array: np.ndarray, spec: TensorSpec) -> list[np.ndarray]:
+    """One array a sample: entries of a stack, else runs of rows as long as the input's batch."""
+    rank = None if spec.shape is None else len(spec.shape)
+    if array.ndim == 0:
+        return [array]
+    if array.ndim != rank or spec.shape is None:
+        return [np.ascontiguousarray(entry) for entry in array]
+    batch = spec.shape[0] if isinstance(spec.shape[0], int) else 1
+    return [
+        np.ascontiguousarray(array[i : i + batch]) for i in range(0, len(array) - batch + 1, batch)
+    ]
 
 
 def _from_path(path: Path) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ...ir.edit import Builder
-from ...ir.graph import constant_array, constant_scalar, dims_of
+from ...ir.graph import constant_array, constant_scalar, dims_of, static_shape
 from ...ir.match import Match, OpPattern, any_of, const, op, var
 from ..base import Context
 from ..rules import RewriteRule, RuleGroup
@@ -30,7 +30,7 @@ class ClipForm(RewriteRule):
         low, high = constant_scalar(m["low"]), constant_scalar(m["high"])
         if low is None or high is None:
             return "a bound is not one number"
-        if m["low"].shape is None or len(m["low"].shape) or len(m["high"].shape or (1,)):
+        if static_shape(m["low"]) != () or static_shape(m["high"]) != ():
             return "a bound is not a scalar"
         return None if low <= high else "the bounds cross"
 
