@@ -59,7 +59,8 @@ class Compiled:
             CalibrationError: the feed does not fit the inputs.
             LoweringError: the library is for another machine.
         """
-        check_feed(input_specs(self.model), feed)
+        overridable = [name for name in self.model.graph.initializers if name in feed]
+        check_feed(input_specs(self.model), feed, optional=overridable)
         if self._runner is None:
             self._runner = self._make_runner()
         results: dict[str, np.ndarray] = self._runner.run(feed)

@@ -264,7 +264,7 @@ class ShapeInference:
 
     def bind(self, value: ir.Value, fact: Fact) -> None:
         """Say what is known of a subgraph's input, merged with what it declares."""
-        dims, kind = self._original(value)
+        dims, kind = self._original(value, visited_again=True)
         if dims is not None and fact.dims is not None and len(dims) != len(fact.dims):
             dims = None  # a body declares what its caller contradicts: the caller is right
         merged = fact.dims if dims is None else self._merge(value, dims, fact.dims)
@@ -393,15 +393,18 @@ class ShapeInference:
 
     # --- merging with what is declared ---
 
-    def _original(self, value: ir.Value) -> tuple[Dims | None, ir.TypeProtocol | None]:
+    def _original(
+        self, value: ir.Value, *, visited_again: bool = False
+    ) -> tuple[Dims | None, ir.TypeProtocol | None]:
         """What the model declared before this inference wrote anything.
 
         Inside subgraphs a value is visited more than once, and its first result is no declaration.
+        A loop binds its body's inputs at its own depth, so `bind` says so itself.
         """
         found = self._declared.get(value)
         if found is None:
             found = (_declared_dims(value), value.type)
-            if self._depth or self.refresh:
+            if self._depth or self.refresh or visited_again:
                 self._declared[value] = found
         return found
 
@@ -478,14 +481,17 @@ class ShapeInference:
         return declared if made_up else inferred
 
     def _shown(self, declared: Dims, merged: Dims | None) -> Dims | None:
-        """A graph output's shape as written: the names it declares stay, made-up ones stay out."""
+        """A graph output's shape as written: declared names stay, made-up ones stay out.
+
+        A declared expression is no name: what is inferred from the inputs replaces it.
+        """
         if merged is None or len(merged) != len(declared):
             return merged
         shown = []
         for old, new in zip(declared, merged, strict=True):
             if isinstance(new, int) or isinstance(old, int):
                 shown.append(new)
-            elif dim_math.is_unknown(old):
+            elif dim_math.is_unknown(old) or not str(old).isidentifier():
                 made_up = dim_math.free_symbols(new) & self._fresh_names
                 shown.append(old if made_up else new)
             else:
