@@ -321,6 +321,10 @@ def _time(
     except EdgepassError as error:
         compiled.notes.append(f"not timed: {error.diagnostic.what}")
         return None
+    compiled.ledger.remarks.append(str(speed))
+    if compiled.target.runtime is Runtime.TVM:
+        faster = "TVM" if speed.ratio > 1 else "ONNX Runtime"
+        compiled.ledger.remarks.append(f"the faster lowering on this machine: {faster}")
     if speed.slower:
         compiled.notes.append(
             f"SLOWER than the original in ONNX Runtime on this machine: {1 / speed.ratio:.2f}x"

@@ -152,8 +152,6 @@ class Compiled:
         lines = [f"{self.recipe} for {self.target.name}", str(self.ledger)]
         if self.placement.slow:
             lines += ["off the fast path:", *(f"  {row}" for row in _slow_lines(self.placement))]
-        if self.speed is not None:
-            lines.append(str(self.speed))
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
 

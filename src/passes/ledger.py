@@ -85,10 +85,15 @@ class LedgerRow:
 
 @dataclasses.dataclass
 class Ledger:
-    """The rows of one compilation, in the order in which passes ran, and a total error."""
+    """The rows of one compilation, in the order in which passes ran, and a total error.
+
+    `remarks` are lines below the table, such as which lowering is faster on this machine. They
+    hold timings, so they are no part of `as_dict`, which repeats byte for byte.
+    """
 
     rows: list[LedgerRow] = dataclasses.field(default_factory=list)
     total_error: NumericError | None = None
+    remarks: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def before(self) -> Measure | None:
@@ -130,7 +135,7 @@ class Ledger:
             for row in self.rows
             if row.notes
         ]
-        return Group(table, *notes)
+        return Group(table, *notes, *(Text(line) for line in self.remarks))
 
     def _lines(self) -> list[tuple[str, ...]]:
         lines: list[tuple[str, ...]] = []
@@ -170,14 +175,15 @@ class Ledger:
     def __str__(self) -> str:
         rows = [("pass", "nodes", "weights", "MACs", "error", "seconds", "notes"), *self._lines()]
         widths = [max(len(row[i]) for row in rows) for i in range(6)]
-        return "\n".join(
+        lines = [
             "  ".join(
                 [row[0].ljust(widths[0])]
                 + [row[i].rjust(widths[i]) for i in range(1, 6)]
                 + [row[6]]
             ).rstrip()
             for row in rows
-        )
+        ]
+        return "\n".join([*lines, *self.remarks])
 
 
 def _change(before: str, after: str) -> str:
