@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -17,12 +18,13 @@ from .compiled import Compiled
 from .cost.report import CostReport, Estimate, cost_report
 from .errors import EdgepassError, UnsupportedOpError, UsageError
 from .frontends import load_model, load_notes, to_supported_opset
+from .ir.graph import all_nodes
 from .ir.sizing import dim_name, is_dynamic, static_twin
 from .passes.base import Context, Feed, Pass
 from .passes.bisect import BisectResult, bisect_passes
 from .passes.driver import run_passes, sort_by_stage
 from .passes.ledger import Ledger
-from .passes.probe import Probe, default_dims, working_sample
+from .passes.probe import Probe, Sample, default_dims, working_sample
 from .passes.spec import format_passes
 from .pipelines import epilogue, parse_recipe
 from .samples import as_feeds
@@ -67,7 +69,8 @@ def compile(  # noqa: A001 - the name users look for
         dims: sizes of symbolic dimensions: at which costs are counted and numerics checked, and
             for TVM the sizes to compile for.
         strict: fail where a node falls off the target's fast path, or a lossless recipe
-            changes results by more than 1e-4 of an output's range.
+            changes results by more than 1e-4 of an output's range (in a model that computes in
+            16 bits, by more than that dtype's rounding step).
         check_numerics: measure each pass's error against the model before it, on the first
             calibration sample or on random inputs.
         time_budget_s: seconds to spend on timing the result against the original where this
@@ -82,12 +85,16 @@ def compile(  # noqa: A001 - the name users look for
     notes = load_notes(graph)
     chosen = sort_by_stage([*parse_recipe(recipe), *passes, *epilogue()])
     feeds = None if calibration is None else as_feeds(calibration, input_specs(graph))
-    feed, sizes = _sample(graph, feeds, dims)
+    sample = _sample(graph, feeds, dims)
+    sizes = sample.dims
+    if not sample.runs:
+        notes.append(_NO_SAMPLE)
     context = Context(device, feeds, sizes, progress or _silent)
-    original = graph.clone() if time_budget_s > 0 and runs_on_host(device) else None
-    probe = Probe(feed) if check_numerics else None
+    timed = time_budget_s > 0 and sample.runs and runs_on_host(device)
+    original = graph.clone() if timed else None
+    probe = Probe(sample.feed) if check_numerics and sample.runs else None
     graph, ledger = run_passes(graph, chosen, context, probe=probe)
-    _judge(ledger, chosen, strict, notes)
+    _judge(ledger, chosen, strict, notes, _lossless_bound(graph))
     placement = place(device, graph)
     _require_placed(placement)
     if strict:
@@ -107,10 +114,10 @@ def compile(  # noqa: A001 - the name users look for
         session_options=_session_options(device, graph),
         cost=_static_only(report),
         dims=sizes,
-        golden_input=feed,
+        golden_input=sample.feed if sample.runs else None,
     )
     if original is not None:
-        compiled.speed = _time(original, compiled, feed, time_budget_s)
+        compiled.speed = _time(original, compiled, sample.feed, time_budget_s)
     return compiled
 
 
@@ -184,11 +191,11 @@ def bisect(
     """
     graph = _load(model, example_inputs, None, input_shapes, weights_required=True)
     feeds = None if calibration is None else as_feeds(calibration, input_specs(graph))
-    sample, sizes = _sample(graph, [feed] if feed is not None else feeds, dims)
+    sample = _sample(graph, [feed] if feed is not None else feeds, dims)
     chosen = [*parse_recipe(recipe), *passes, *epilogue()]
-    context = Context(get_target(target), feeds, sizes)
+    context = Context(get_target(target), feeds, sample.dims)
     folder = None if out is None else Path(out)
-    return bisect_passes(graph, chosen, context, sample, tolerance=tolerance, out=folder)
+    return bisect_passes(graph, chosen, context, sample.feed, tolerance=tolerance, out=folder)
 
 
 # --- parts of compile --------------------------------------------------------------------------
@@ -215,9 +222,15 @@ def _load(
     return graph
 
 
+_NO_SAMPLE = (
+    "the model ran on none of the random inputs tried, so its numerics were not checked and the "
+    "artifact has no golden input; give one real sample as `calibration`, or sizes as `dims`"
+)
+
+
 def _sample(
     graph: ir.Model, feeds: Sequence[Feed] | None, dims: Mapping[str, int] | None
-) -> tuple[Feed, dict[str, int]]:
+) -> Sample:
     """A feed to check numerics on, and the sizes of its symbolic dimensions."""
     if not feeds:
         return working_sample(graph, dims)
@@ -227,17 +240,32 @@ def _sample(
             for axis, size in enumerate(feeds[0][value.name].shape):
                 if not isinstance(value.shape.dims[axis], int):
                     sizes.setdefault(dim_name(value, axis), size)
-    return feeds[0], {**sizes, **(dims or {})}
+    return Sample(feeds[0], {**sizes, **(dims or {})})
 
 
 def _silent(done: int, total: int, what: str) -> None:
     """No progress shown."""
 
 
-def _judge(ledger: Ledger, passes: Sequence[Pass], strict: bool, notes: list[str]) -> None:
+def _lossless_bound(graph: ir.Model) -> float:
+    """`LOSSLESS`, or the rounding step of the coarsest float dtype that the model computes in.
+
+    In half precision the same operators in another order already differ by that.
+    """
+    half = {node.outputs[0].dtype for node in all_nodes(graph) if node.outputs and node.inputs} & {
+        ir.DataType.FLOAT16,
+        ir.DataType.BFLOAT16,
+    }
+    steps = [float(ml_dtypes.finfo(dtype.numpy()).eps) for dtype in half if dtype is not None]
+    return max([LOSSLESS, *steps])
+
+
+def _judge(
+    ledger: Ledger, passes: Sequence[Pass], strict: bool, notes: list[str], bound: float
+) -> None:
     """A lossless pipeline that changed the numbers says so, or fails when strict."""
     error = ledger.total_error
-    if error is None or error.relative <= LOSSLESS or not all(p.lossless for p in passes):
+    if error is None or error.relative <= bound or not all(p.lossless for p in passes):
         return
     worst = max(
         (row for row in ledger.rows if row.error is not None),

@@ -18,7 +18,6 @@ import onnx_ir as ir
 from .artifact import TOLERANCE, save_artifact
 from .errors import LoweringError, UsageError
 from .passes.ledger import Ledger
-from .passes.probe import sample_inputs
 from .speed import Speed
 from .targets.feed import check_feed, input_specs, output_specs
 from .targets.registry import runs_on_host
@@ -33,7 +32,8 @@ class Compiled:
     `model` is the final graph, `recipe` the text that made it, `ledger` one line a pass,
     `placement` how each operator runs, `notes` what the user should know, `cost` the static cost
     as plain data. `session_options` is what ONNX Runtime must be told, `speed` the time on this
-    machine against the original where it could be measured.
+    machine against the original where it could be measured. `golden_input` is a feed that the
+    source model runs on, recorded with its result in the artifact; None where none is known.
     """
 
     model: ir.Model
@@ -106,8 +106,6 @@ class Compiled:
             ArtifactError: what was written does not reproduce the golden output.
         """
         golden = self.golden_input
-        if golden is None:
-            golden = sample_inputs(self.model, dims=self.dims)
         return save_artifact(
             path,
             write_model=lambda folder: self._write(folder, formats),
@@ -121,7 +119,7 @@ class Compiled:
             placement=self.placement.as_dict(),
             notes=self.notes,
             golden_input=golden,
-            golden_output=self._golden_output(golden),
+            golden_output=None if golden is None else self._golden_output(golden),
             tolerance=TOLERANCE,
             force=force,
         )

@@ -72,7 +72,7 @@ def _storable(name: str, array: np.ndarray) -> tuple[str, np.ndarray]:
         return name, array.astype(np.str_)
     if array.dtype.kind == "V" or array.dtype.num >= 256 or not array.dtype.isbuiltin:
         bits = np.dtype(f"u{array.dtype.itemsize}")
-        return f"{name}{_DTYPE_MARK}{array.dtype.name}", np.ascontiguousarray(array).view(bits)
+        return f"{name}{_DTYPE_MARK}{array.dtype.name}", np.asarray(array, order="C").view(bits)
     return name, array
 
 

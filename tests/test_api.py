@@ -1,5 +1,6 @@
 """compile, estimate and the registries, as a user meets them."""
 
+import os
 import subprocess
 import sys
 
@@ -268,3 +269,20 @@ def test_a_slower_result_is_announced(net, monkeypatch):
     compiled = edgepass.compile(net, target="host", time_budget_s=0.1)
     assert any("SLOWER" in note and "2.00x" in note for note in compiled.notes)
     assert "2.00x slower (measured, 9 pairs)" in str(compiled)
+
+
+def test_an_entry_point(tmp_path):
+    (tmp_path / "entry_plugin.py").write_text(
+        PLUGIN.replace("plugin-board", "entry-board").replace("MyPass", "EntryPass")
+    )
+    info = tmp_path / "entry_plugin-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: entry-plugin\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[edgepass.plugins]\nmine = entry_plugin\n")
+    code = (
+        "import edgepass; print(edgepass.get_target('entry-board').description); "
+        "print('entry_pass' in edgepass.list_passes())"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    output = subprocess.check_output([sys.executable, "-c", code], text=True, env=environment)
+    assert output.split("\n")[:2] == ["a board", "True"]

@@ -619,3 +619,30 @@ def test_every_refusal_is_an_error_of_ours():
     with pytest.raises(EdgepassError) as caught:
         edgepass.compile(proto, "host", time_budget_s=0)
     assert "Sin" in str(caught.value)
+
+
+def test_a_model_that_no_random_input_fits_is_compiled_and_saved(tmp_path):
+    """The target of a Reshape among the inputs: random sizes do not multiply to the right number."""
+    proto = parse("""
+    g (float[2,3] x, int64[2] shape, seq(float[N]) s) => (float[A,B] y, int64 n)
+    { y = Reshape (x, shape)  n = SequenceLength (s) }""")
+    compiled = edgepass.compile(proto, "host")
+    assert any("none of the random inputs" in note for note in compiled.notes)
+    artifact = edgepass.load(compiled.save(tmp_path / "out"))
+    assert artifact.golden is None
+    feed = {"x": np.ones((2, 3), F32), "shape": np.array([3, 2], I64), "s": [vector(1)]}
+    assert artifact.run(feed)["y"].shape == (3, 2)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_is_judged_by_its_own_rounding(dtype: str):
+    """x + a + b in 16 bits, folded to x + (a + b), differs by a rounding step and is lossless."""
+    proto = parse(f"""
+    g ({dtype}[64] x) => (float[64] y) {{
+        a = Exp (x)
+        b = ReduceMean (a)
+        c = Div (a, b)
+        y = Cast <to = 1> (c)
+    }}""")
+    compiled = edgepass.compile(proto, "host", time_budget_s=0, strict=dtype == "float16")
+    assert not [note for note in compiled.notes if "WARNING" in note]

@@ -1,8 +1,8 @@
-"""Peak activation memory: which values are alive at the same time, by liveness over the graph.
+"""Peak activation memory: which values are alive at the same time, and what a runtime makes of it.
 
 Here: `activation_memory` and `peak_activation_bytes`. Weights are not activations; neither is the
 runtime's own code, its arena's slack, and scratch space inside kernels. Not here: what a
-value occupies (`storage`), bytes on disk (`size`).
+value occupies (`storage`), laying buffers out (`buffers`), bytes on disk (`size`).
 """
 
 from __future__ import annotations
@@ -16,20 +16,23 @@ from ..ir.analysis import last_uses
 from ..ir.graph import describe_value, is_onnx_op, node_subgraphs
 from ..ir.ops import is_elementwise, is_view
 from ..ir.quant import QuantPlan, is_dequantize, is_quantize
-from ..targets.target import Target
+from ..targets.target import Runtime, Target
+from .buffers import Buffer, alive_bytes, planned_bytes
 from .storage import Storage, storage_for
 
 
 @dataclasses.dataclass(frozen=True)
 class ActivationMemory:
-    """Bytes alive while each node of the main graph runs, in graph order, and the most of them.
+    """What activations take, in bytes.
 
-    `peak_bytes` is None when a size is not known, and `reason` then names the value; `alive` counts
-    what is known all the same. `peak_node` is the position of the node at which the peak is
-    reached (-1: there are no nodes).
+    `peak_bytes`: what the runtime holds, by its own plan. `live_bytes`: the most that is needed at
+    once, which no plan can do with less than. Both are None when a size is not known, and `reason`
+    then names the value. `alive`: what is needed while each node of the main graph runs, in
+    graph order (what is known of it); `peak_node` is the position of the most (-1: no nodes).
     """
 
     peak_bytes: int | None
+    live_bytes: int | None
     alive: tuple[int, ...]
     peak_node: int = -1
     reason: str = ""
@@ -41,7 +44,7 @@ def peak_activation_bytes(
     plan: QuantPlan | None = None,
     target: Target | None = None,
 ) -> int | None:
-    """The most bytes of activations alive at once; None when a shape is not known.
+    """The bytes a runtime holds for activations; None when a shape is not known.
 
     See `activation_memory`, which gives the reason too.
     """
@@ -55,9 +58,9 @@ def activation_memory(
     target: Target | None = None,
     storage: Storage | None = None,
 ) -> ActivationMemory:
-    """Liveness with shared buffers.
+    """Liveness with shared buffers, and ONNX Runtime's plan of them (for TVM, none: the minimum).
 
-    The rules, which are those of ONNX Runtime's planner with nothing lost to fragmentation:
+    The rules:
 
     - graph inputs belong to the caller and stay for the whole run, outputs from their node on;
     - a view (Reshape, Squeeze, ...) shares its input's buffer;
@@ -68,83 +71,102 @@ def activation_memory(
     - a node with a subgraph or a called function adds the peak of its body.
     """
     storage = storage or storage_for(model, target, plan, dims)
-    return _Liveness(model.graph, storage, model.functions).run()
+    planned = target is None or target.runtime is not Runtime.TVM
+    return _Liveness(model.graph, storage, model.functions, planned=planned).run()
 
 
 Functions = Mapping[ir.OperatorIdentifier, ir.Function]
 
 
 class _Liveness:
+    """Gives each value of a graph its buffers. Node i runs at tick 2i.
+
+    At tick 2i+1 the pairs run that a plan puts behind it; where pairs are in the graph they are
+    nodes themselves.
+    """
+
     def __init__(
         self,
         graph: ir.Graph,
         storage: Storage,
         functions: Functions,
         *,
+        planned: bool,
         inputs: bool = True,
         outputs: bool = True,
     ) -> None:
         self.graph = graph
         self.storage = storage
         self.functions = functions
+        self.planned = planned
         self.count_inputs = inputs
         self.skipped = set() if outputs else set(graph.outputs)
-        self.last = dict(last_uses(graph))
+        self.last = last_uses(graph)
         self.outputs = set(graph.outputs)
-        self.root: dict[ir.Value, ir.Value] = {}
-        self.size: dict[ir.Value, int] = {}
-        self.until: dict[ir.Value, int] = {}
-        self.callers: set[ir.Value] = set()
+        self.buffers: list[Buffer] = []
+        self.root: dict[ir.Value, Buffer] = {}
+        self.floats: dict[ir.Value, Buffer] = {}
         self.mixed = not storage.is_plain
-        self.floats: dict[ir.Value, ir.Value] = {}
         self.position: dict[ir.Node, int] = {}
         self.reason = ""
 
     def run(self) -> ActivationMemory:
         nodes = list(self.graph)
+        self.position = {node: i for i, node in enumerate(nodes)} if self.mixed else {}
         for value in self.graph.inputs:
             if not value.is_initializer():
-                self.callers.add(value)
-                self._new_buffer(value, len(nodes), self.count_inputs)
-        self.position = {node: i for i, node in enumerate(nodes)} if self.mixed else {}
+                size = self._size(value) if self.count_inputs else 0
+                self.root[value] = self._new(size, value, 0, 2 * len(nodes), own=False)
         copies = self._input_copies() if self.count_inputs and self.mixed else {}
-        opened: list[list[ir.Value]] = []
-        extra: list[int] = []
         for i, node in enumerate(nodes):
-            transient = self._transient_bytes(i, node) if self.mixed else 0
+            for size, value, until in copies.get(i, ()):
+                self._new(size, value, max(0, 2 * i - 1), until)
             if self.mixed:
                 self._hold_for_kernel(i, node)
-            opened.append(self._open(i, node) + copies.get(i, []))
-            extra.append(transient + self.storage.unpacked_bytes(node) + self._body_bytes(node))
-        alive = self._sweep(opened, extra)
-        if not alive:
-            total = sum(self.size.values())
-            return ActivationMemory(None if self.reason else total, (), -1, self.reason)
-        peak = max(range(len(alive)), key=alive.__getitem__)
-        return ActivationMemory(
-            None if self.reason else alive[peak], tuple(alive), peak, self.reason
-        )
+                for value in self.storage.unpacked(node):
+                    self._new(self.storage.full_bytes(value) or 0, value, 2 * i, 2 * i)
+            body = self._body_bytes(node)
+            if body:
+                self.buffers.append(Buffer(body, node, 2 * i, 2 * i))
+            self._open(i, node)
+        return self._result(len(nodes))
 
-    def _sweep(self, opened: list[list[ir.Value]], extra: list[int]) -> list[int]:
-        freed: dict[int, int] = {}
-        for buffer, until in self.until.items():
-            freed[until] = freed.get(until, 0) + self.size[buffer]
-        now = sum(self.size[v] for v in self.callers)
-        alive = []
-        for i, buffers in enumerate(opened):
-            now += sum(self.size[v] for v in buffers)
-            alive.append(now + extra[i])
-            now -= freed.get(i, 0)
-        return alive
+    def _result(self, nodes: int) -> ActivationMemory:
+        ticks = alive_bytes(self.buffers, 2 * nodes + 1)
+        alive = tuple(max(ticks[2 * i : 2 * i + 2]) for i in range(nodes))
+        live = max(ticks)
+        peak = alive.index(live) if alive else -1
+        if self.reason:
+            return ActivationMemory(None, None, alive, peak, self.reason)
+        if not self.planned:
+            return ActivationMemory(live, live, alive, peak)
+        block = planned_bytes(sorted(self.buffers, key=lambda b: b.start))
+        outside = sum(buffer.size for buffer in self.buffers if not buffer.own)
+        return ActivationMemory(block + outside, live, alive, peak)
 
-    def _input_copies(self) -> dict[int, list[ir.Value]]:
-        """Buffers for the 8-bit copies of graph inputs, by the node that needs each first."""
-        copies: dict[int, list[ir.Value]] = {}
-        for value in self.callers:
+    # --- buffers ---------------------------------------------------------------------------------
+
+    def _new(self, size: int, like: ir.Value, start: int, until: int, own: bool = True) -> Buffer:
+        dims = None if like.shape is None else tuple(str(d) for d in like.shape.dims)
+        buffer = Buffer(size, dims, start, until, own)
+        self.buffers.append(buffer)
+        return buffer
+
+    def _size(self, value: ir.Value) -> int:
+        size = self.storage.held_bytes(value)
+        if size is None:
+            self.reason = self.reason or f"the size of {describe_value(value)} is not known"
+            return 0
+        return size
+
+    def _input_copies(self) -> dict[int, list[tuple[int, ir.Value, int]]]:
+        """The 8-bit copies of graph inputs (size, value, until), by the node that needs each."""
+        copies: dict[int, list[tuple[int, ir.Value, int]]] = {}
+        for value in self.root:
             size = self.storage.input_copy_bytes(value)
             if size:
                 readers = self._readers(value, integer=True)
-                copies.setdefault(min(readers), []).append(self._extra_buffer(size, max(readers)))
+                copies.setdefault(min(readers), []).append((size, value, 2 * max(readers)))
         return copies
 
     def _readers(self, value: ir.Value, *, integer: bool) -> list[int]:
@@ -158,69 +180,69 @@ class _Liveness:
             found.append(len(self.position) - 1)
         return found
 
-    def _extra_buffer(self, size: int, until: int) -> ir.Value:
-        """A buffer that no value of the graph stands for."""
-        buffer = ir.Value()
-        self.size[buffer], self.until[buffer] = size, until
-        return buffer
-
-    def _new_buffer(self, value: ir.Value, until: int, counted: bool = True) -> None:
-        size = self.storage.held_bytes(value) if counted else 0
-        if size is None:
-            self.reason = self.reason or f"the size of {describe_value(value)} is not known"
-            size = 0
-        self.root[value] = value
-        self.size[value] = size
-        self.until[value] = until
-
-    def _open(self, i: int, node: ir.Node) -> list[ir.Value]:
-        """Give each output of a node its buffers; the new ones are returned."""
+    def _open(self, i: int, node: ir.Node) -> None:
+        """Give each output of a node its buffers."""
         if is_onnx_op(node, "Constant"):
-            return []
-        opened: list[ir.Value] = []
+            return
         for index, value in enumerate(node.outputs):
             if not value.name or self.storage.is_constant(value):
                 continue
-            until = self.last.get(value, i)
+            until = 2 * self.last.get(value, i)
             if self.mixed:
-                until = self._part_forms(i, node, value, until, opened)
+                if self._open_both_forms(i, node, value):
+                    continue
+                until = self._held_by_pair(i, node, value, until)
             shared = self._shared_buffer(i, node, value) if index == 0 else None
             if shared is not None:
                 self.root[value] = shared
-                self.until[shared] = max(self.until[shared], until)
-                if value in self.outputs:
-                    self.outputs.add(shared)
+                shared.until = max(shared.until, until)
+                shared.own = shared.own and value not in self.outputs
                 continue
-            self._new_buffer(value, until, value not in self.skipped)
-            opened.append(value)
-        return opened
+            size = 0 if value in self.skipped else self._size(value)
+            own = value not in self.outputs
+            self.root[value] = self._new(size, value, 2 * i, until, own)
 
-    def _part_forms(
-        self, i: int, node: ir.Node, value: ir.Value, until: int, opened: list[ir.Value]
-    ) -> int:
-        """Let floats and 8 bits of one value live each as long as they have readers.
+    def _open_both_forms(self, i: int, node: ir.Node, value: ir.Value) -> bool:
+        """Buffers of a planned value that is there as floats and in 8 bits, if it is.
 
-        Returns until when the value's main form lives.
+        Each lives as long as it has readers; one is made of the other at tick 2i+1.
         """
-        copy = self.storage.float_copy_bytes(value)
-        if copy:
-            floats_until = max([i, *self._readers(value, integer=False)])
-            buffer = self._dying_buffer(i, node, copy) if is_elementwise(node) else None
-            if buffer is None:
-                buffer = self._extra_buffer(copy, floats_until)
-                opened.append(buffer)
-            self.until[buffer] = max(self.until[buffer], floats_until)
-            self.floats[value] = buffer
-            return max([i, *self._readers(value, integer=True)])
-        if is_dequantize(node) and not self.storage.is_fused_away(value):
-            stored = None if node.inputs[0] is None else self.root.get(node.inputs[0])
-            integer = self._readers(value, integer=True)
-            if stored is not None and integer:
-                self.until[stored] = max(self.until[stored], *integer)
-                return max([i, *self._readers(value, integer=False)])
-        return until
+        copy = self.storage.float_copy_bytes(value) or self.storage.transient_bytes(value)
+        if not copy:
+            return False
+        before = self.storage.is_made_in_integers(value)
+        readers = [2 * reader for reader in self._readers(value, integer=False)]
+        until = max([2 * i + 1, *readers])
+        buffer = None
+        if not before and is_elementwise(node):
+            buffer = self._dying_buffer(i, node, copy)
+        if buffer is None:
+            own = value not in self.outputs
+            buffer = self._new(copy, value, 2 * i + before, until, own)
+        buffer.until = max(buffer.until, until)
+        self.floats[value] = buffer
+        start = 2 * i + (not before)
+        until = max([2 * i + 1, *(2 * r for r in self._readers(value, integer=True))])
+        self.root[value] = self._new(self._size(value), value, start, until)
+        return True
 
-    def _buffer(self, node: ir.Node, value: ir.Value | None) -> ir.Value | None:
+    def _held_by_pair(self, i: int, node: ir.Node, value: ir.Value, until: int) -> int:
+        """Until when the floats of a DequantizeLinear live.
+
+        Integer nodes read the 8 bits before it instead, which stay as long.
+        """
+        if not is_dequantize(node) or self.storage.is_fused_away(value):
+            return until
+        stored = None if node.inputs[0] is None else self.root.get(node.inputs[0])
+        integer = self._readers(value, integer=True)
+        if stored is None or not integer:
+            return until
+        stored.until = max(stored.until, 2 * max(integer))
+        return 2 * max([i, *self._readers(value, integer=False)])
+
+    # --- sharing ---------------------------------------------------------------------------------
+
+    def _buffer(self, node: ir.Node, value: ir.Value | None) -> Buffer | None:
         """The buffer a node reads a value from."""
         if value is None:
             return None
@@ -228,48 +250,24 @@ class _Liveness:
             return self.floats[value]
         return self.root.get(value)
 
-    def _shared_buffer(self, i: int, node: ir.Node, value: ir.Value) -> ir.Value | None:
+    def _shared_buffer(self, i: int, node: ir.Node, value: ir.Value) -> Buffer | None:
         if not node.inputs:
             return None
         # An integer node reads the 8 bits before a DequantizeLinear: they stay until it has run.
         if is_view(node) or (is_dequantize(node) and self.storage.is_fused_away(value)):
             return self._buffer(node, node.inputs[0])
-        if value in self.outputs or not is_elementwise(node):
+        if value in self.outputs or not is_elementwise(node) or node in self.storage.integer_nodes:
             return None
         size = self.storage.held_bytes(value)
         return self._dying_buffer(i, node, size) if size else None
 
-    def _dying_buffer(self, i: int, node: ir.Node, size: int) -> ir.Value | None:
+    def _dying_buffer(self, i: int, node: ir.Node, size: int) -> Buffer | None:
         """An input's buffer of that size that nobody needs after the node."""
         for source in node.inputs:
             buffer = self._buffer(node, source)
-            if (
-                buffer is not None
-                and self.until[buffer] == i
-                and self.size[buffer] == size
-                and buffer not in self.callers
-                and buffer not in self.outputs
-            ):
+            if buffer is not None and buffer.until == 2 * i and buffer.size == size and buffer.own:
                 return buffer
         return None
-
-    def _transient_bytes(self, i: int, node: ir.Node) -> int:
-        """What floats that are quantized at once add to the 8 bits that are counted anyway.
-
-        While the node runs there are its floats and its inputs; while the first of the floats is
-        quantized, the inputs that nobody else needs are gone and 8 bits have come.
-        """
-        floats = smalls = largest = 0
-        for value in node.outputs:
-            full = self.storage.transient_bytes(value)
-            if full and (not is_elementwise(node) or self._dying_buffer(i, node, full) is None):
-                small = self.storage.held_bytes(value) or 0
-                floats, smalls, largest = floats + full, smalls + small, max(largest, small)
-        if not floats:
-            return 0
-        buffers = {b for v in node.inputs if (b := self._buffer(node, v)) is not None}
-        dying = sum(self.size[b] for b in buffers if self.until[b] == i)
-        return floats - smalls + max(0, largest - dying)
 
     def _hold_for_kernel(self, i: int, node: ir.Node) -> None:
         """An integer kernel writes at its last node, a QuantizeLinear or an activation that
@@ -286,7 +284,7 @@ class _Liveness:
                 source = origin.inputs[0]  # type: ignore[union-attr]
             buffer = None if source is None else self.root.get(source)
             if buffer is not None:
-                self.until[buffer] = max(self.until[buffer], i)
+                buffer.until = max(buffer.until, 2 * i)
 
     def _body_bytes(self, node: ir.Node) -> int:
         """The peak inside a node; of an If, its hungrier branch."""
@@ -302,6 +300,7 @@ class _Liveness:
                 body,
                 self.storage,
                 self.functions,
+                planned=self.planned,
                 inputs=False,
                 outputs=not handed_out,
             ).run()

@@ -147,7 +147,7 @@ def cost_report(
     storage = storage_for(model, target, plan, dims)
     costs = {node: node_cost(node, dims, model.functions) for node in model.graph}
     launched = kernels(model, target, plan, dims, storage=storage, costs=costs)
-    memory = activation_memory(model, storage=storage)
+    memory = activation_memory(model, target=target, storage=storage)
     unbound = unbound_dims(model, dims)
     unknown = [(n, c) for n, c in costs.items() if not c.is_known and not _is_free(n)]
     sized = not (unknown and unbound)

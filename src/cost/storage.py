@@ -245,10 +245,6 @@ class Storage:
             return 0
         return self.planned_bytes(value) or 0
 
-    def unpacked_bytes(self, node: ir.Node) -> int:
-        """Bytes of the floats made of a plan's weights while a node runs."""
-        return sum(self.full_bytes(value) or 0 for value in self.unpacked(node))
-
     def transient_bytes(self, value: ir.Value) -> int:
         """Bytes held only while the producer runs: the float that is quantized at once.
 

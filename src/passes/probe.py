@@ -34,10 +34,20 @@ def sample_inputs(
     return _inputs_of_size(model, seed, dict(dims or {}), _SIZES[0])
 
 
-def working_sample(
-    model: ir.Model, dims: Mapping[str, int] | None = None
-) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """Inputs that the model really runs on, if any of a few sizes does, and the sizes they have.
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Inputs by name, the sizes of symbolic dimensions in them, and whether they can be run.
+
+    `runs` is False for random inputs that the model itself refuses.
+    """
+
+    feed: Mapping[str, np.ndarray]
+    dims: Mapping[str, int]
+    runs: bool = True
+
+
+def working_sample(model: ir.Model, dims: Mapping[str, int] | None = None) -> Sample:
+    """Inputs that the model really runs on, if any of a few sizes does.
 
     Many models refuse a size (a padding wider than the signal, a stride that does not divide):
     32, 64, 224 and 512 are tried for dimensions that `dims` does not give.
@@ -48,19 +58,19 @@ def working_sample(
     try:
         runner = OrtRunner(model, optimize=False, threads=1)
     except EdgepassError:
-        return sample_inputs(model, dims=dims), default_dims(model, dims)
+        return Sample(sample_inputs(model, dims=dims), default_dims(model, dims), runs=False)
     with runner:
         for size in _SIZES:
             bindings = dict(dims or {})
             feed = _inputs_of_size(model, 0, bindings, size)
-            first = first or (feed, bindings)
+            first = first or Sample(feed, bindings, runs=False)
             try:
                 runner.run(feed)
             except EdgepassError:
                 if len(bindings) == len(dims or {}):
                     break  # no dimension was free: another size is the same feed
                 continue
-            return feed, bindings
+            return Sample(feed, bindings)
     assert first is not None
     return first
 

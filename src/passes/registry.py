@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import importlib.metadata
 import importlib.util
 import inspect
 import pkgutil
@@ -18,14 +17,12 @@ from types import ModuleType
 from typing import TypeVar
 
 from ..errors import PluginError, UnknownPassError
-from ..targets.registry import register_target
+from ..targets.registry import plugin_modules, register_target
 from ..targets.target import Target
 from .base import Pass
 from .rules import RewriteRule
 
 PassClass = TypeVar("PassClass", bound=type[Pass])
-
-ENTRY_POINT_GROUP = "edgepass.plugins"
 
 _FOLDERS = ("cleanup", "prune", "fuse", "quantize")
 """Every module in these folders of this package is searched for passes."""
@@ -183,8 +180,8 @@ def _load_built_in() -> None:
                 and issubclass(item, Pass)
             ):
                 register_pass(item)
-    for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
-        load_plugin(entry.value)
+    for plugin in plugin_modules():
+        _register_module(plugin, plugin.__name__)
 
 
 def _built_in_modules() -> list[str]:

@@ -8,11 +8,17 @@ from __future__ import annotations
 
 import difflib
 import functools
+import importlib
+import importlib.metadata
 import platform
 from pathlib import Path
+from types import ModuleType
 
 from ..errors import PluginError, UnknownTargetError
 from .target import Runtime, Target
+
+ENTRY_POINT_GROUP = "edgepass.plugins"
+"""Where an installed distribution names a module with passes, rules and targets of its own."""
 
 _targets: dict[str, tuple[Target, str]] = {}
 _loaded = False
@@ -118,3 +124,29 @@ def _load_built_in() -> None:
     for module in (arm64, x86_64, cuda, vulkan, riscv64):
         for target in module.TARGETS:
             _register(target, module.__name__)
+    for plugin in plugin_modules():
+        for item in vars(plugin).values():
+            if isinstance(item, Target):
+                _register(item, plugin.__name__)
+
+
+@functools.cache
+def plugin_modules() -> tuple[ModuleType, ...]:
+    """The modules that installed distributions name in the entry point group `edgepass.plugins`.
+
+    Raises:
+        PluginError: one of them can't be imported; its distribution is named.
+    """
+    modules = []
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+        try:
+            modules.append(importlib.import_module(entry.module))
+        except Exception as error:
+            owner = entry.dist.name if entry.dist is not None else "an installed distribution"
+            raise PluginError(
+                f"The plugin {entry.value!r} can't be imported",
+                where=f"entry point {entry.name!r} of {owner}",
+                why=f"{type(error).__name__}: {error}",
+                fix=f"update or remove {owner}",
+            ) from error
+    return tuple(modules)

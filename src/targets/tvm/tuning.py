@@ -18,6 +18,10 @@ from typing import Any
 from ...errors import LoweringError
 from .crosscompile import architecture_of, host_architecture
 
+_WORKER_SECONDS = 120.0
+# A worker's first task includes `import tvm`: 5 s measured on an idle machine, 30 on a busy one,
+# which is where MetaSchedule's own limit lies; work lost to it counts as a trial.
+
 SEEN_TO_WORK = "apache-tvm 0.27.0.post1 with apache-tvm-ffi 0.1.14.post1 (0.1.15 crashes in it)"
 
 
@@ -80,6 +84,10 @@ def _best(function: Any, target: Any, trials: int) -> Any:
                 folder,
                 max_trials_global=trials,
                 num_trials_per_iter=min(trials, 64),
+                builder=meta_schedule.builder.LocalBuilder(
+                    max_workers=1, timeout_sec=_WORKER_SECONDS
+                ),
+                runner=meta_schedule.runner.LocalRunner(timeout_sec=_WORKER_SECONDS),
                 cost_model="xgb" if importlib.util.find_spec("xgboost") else "random",
                 num_tuning_cores=1,
                 seed=1,
@@ -93,5 +101,5 @@ def _best(function: Any, target: Any, trials: int) -> Any:
                 fix=f"set tuning_trials=0; seen to work: {SEEN_TO_WORK}",
             ) from error
     if schedule is None:
-        return None
+        return None  # nothing that was tried compiled and ran
     return schedule.mod["main"].with_attr(dict(function.attrs))

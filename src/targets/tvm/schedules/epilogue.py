@@ -130,13 +130,20 @@ def _clip(m: VectorMath, x: list[Expr], params: tuple[float, ...]) -> Expr:
     return m.minimum(m.maximum(x[0], m.const(params[0])), m.const(params[1]))
 
 
+def _fake_quantize(m: VectorMath, x: list[Expr], params: tuple[float, ...]) -> Expr:
+    """Round to even, clip and rescale; params are the scale and the limits less the zero point."""
+    scale, low, high = params
+    steps = m.round(x[0] / m.const(scale))
+    return m.minimum(m.maximum(steps, m.const(low)), m.const(high)) * m.const(scale)
+
+
 def _sqrt(m: VectorMath, x: Expr) -> Expr:
     from tvm import tirx
 
     return tirx.sqrt(x)
 
 
-# By Relax operator name without its prefix, with `nan_to` for where(isnan(x), constant, x).
+# By Relax operator name without its prefix; `nan_to` and `fake_quantize` are made by `graph.py`.
 OPERATIONS: dict[str, _Operation] = {
     "add": lambda m, x, p: x[0] + x[1],
     "subtract": lambda m, x, p: x[0] - x[1],
@@ -158,6 +165,7 @@ OPERATIONS: dict[str, _Operation] = {
     "sqrt": lambda m, x, p: _sqrt(m, x[0]),
     "abs": lambda m, x, p: m.maximum(x[0], m.const(0.0) - x[0]),
     "leakyrelu": _leaky,
+    "fake_quantize": _fake_quantize,
     "nan_to": lambda m, x, p: m.select(m.is_nan(x[0]), m.const(p[0]), x[0]),
 }
 _POLYNOMIALS = frozenset({"sigmoid", "silu", "gelu", "gelu_tanh", "tanh", "erf", "exp"})

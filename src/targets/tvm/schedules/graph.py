@@ -72,6 +72,11 @@ class FlatGraph:
         for binding in function.body.blocks[0].bindings:
             self._add(binding)
         self.results = set(self._variables(function.body.body))
+        for node in self.nodes:
+            if node.op == "where":
+                self._match_nan_replacement(node)
+            elif node.op == "dequantize":
+                self._match_quantize_pair(node)
 
     @staticmethod
     def refusal(function: Any) -> str:
@@ -130,9 +135,8 @@ class FlatGraph:
             self._constants[binding.var] = folded
             node.op = "constant"
             return
-        # All variables, also those inside tuples; a fused test is not a use of its own.
-        uses = node.inputs if op == "nan_to" else self._variables(value)
-        uses = [item for item in uses if self.constant(item) is None]
+        # All variables, also those inside tuples.
+        uses = [item for item in self._variables(value) if self.constant(item) is None]
         for item in dict.fromkeys(uses):
             self.users.setdefault(item, []).append(node)
 
@@ -151,8 +155,6 @@ class FlatGraph:
             return self._match_clip(args)
         if name == "leakyrelu":
             return name, args, (float(value.attrs.alpha),)
-        if name == "where":
-            return self._match_where(args)
         if name == "power" and self.scalar(args[1]) == 2.0:
             return "square", args[:1], ()
         if name == "power" and self.scalar(args[1]) == 0.5:
@@ -165,23 +167,47 @@ class FlatGraph:
             return "opaque", [], ()
         return "clip", args[:1], tuple(float(bound) for bound in bounds)
 
-    def _match_where(self, args: list[Expr]) -> tuple[str, list[Expr], tuple[float, ...]]:
+    def _match_nan_replacement(self, node: Node) -> None:
         """where(isnan(x), c, x) is one elementwise operation on x."""
-        producer = self.producer.get(args[0])
-        fill = self.scalar(args[1])
+        test, fill, data = node.inputs
+        producer = self.producer.get(test)
+        constant = self.scalar(fill)
         if (
             producer is not None
             and producer.op == "isnan"
-            and fill is not None
-            and producer.inputs[0].same_as(args[2])
+            and constant is not None
+            and producer.inputs[0].same_as(data)
         ):
-            # The test may have been the value's only other use; it is dead unless used elsewhere.
-            users = self.users.get(args[2], [])
-            if producer in users and not self.users.get(producer.var):
-                users.remove(producer)
-                producer.op = "dead"
-            return "nan_to", [args[2]], (fill,)
-        return "where", args, ()
+            self._merge(node, producer, "nan_to", (constant,))
+
+    def _match_quantize_pair(self, node: Node) -> None:
+        """dequantize(quantize(x)) by the same scalars rounds and clips x, in float."""
+        producer = self.producer.get(node.inputs[0])
+        if producer is None or producer.op != "quantize" or node.dtype != "float32":
+            return
+        pairs = zip(producer.inputs[1:], node.inputs[1:], strict=True)
+        found = [(self.scalar(first), self.scalar(second)) for first, second in pairs]
+        (scale, scale_again), (zero, zero_again) = found
+        if scale is None or zero is None or (scale, zero) != (scale_again, zero_again):
+            return
+        if static_type(producer.inputs[0])[1] != "float32" or producer.dtype not in _INTEGERS:
+            return
+        limits = np.iinfo(producer.dtype)
+        params = (scale, float(limits.min) - zero, float(limits.max) - zero)
+        self._merge(node, producer, "fake_quantize", params)
+
+    def _merge(self, node: Node, producer: Node, op: str, params: tuple[float, ...]) -> None:
+        """Make `node` one operation on what `producer` reads; the producer is dead if unused."""
+        data = producer.inputs[0]
+        node.op, node.inputs, node.params = op, [data], params
+        readers = self.users.setdefault(data, [])
+        if node not in readers:
+            readers.append(node)
+        others = self.users[producer.var]
+        others.remove(node)
+        if not others and producer.var not in self.results:
+            producer.op = "dead"
+            readers.remove(producer)
 
     def _match_call_tir(self, value: Expr) -> tuple[str, list[Expr], tuple[float, ...]]:
         """The ONNX importer emits Clip as loops of its own; anything else stays opaque."""
@@ -233,6 +259,26 @@ def _reshaped(values: Sequence[Array], node: Node) -> Array:
     return values[0].reshape(node.shape)
 
 
+# Quantized types whose whole range float32 holds exactly.
+_INTEGERS = ("int8", "uint8", "int16", "uint16")
+
+
+def _dequantized(values: Sequence[Array], node: Node) -> Array | None:
+    """scale * (q - zero point), per tensor or per channel."""
+    data, scale, zero = values
+    if data.dtype.kind not in "iu" or node.dtype != "float32":
+        return None
+    shape = [1] * data.ndim
+    if data.ndim:
+        shape[int(node.attrs.axis)] = -1
+
+    def spread(value: Array) -> Array:
+        return value.reshape(()) if value.size == 1 else value.reshape(shape)
+
+    difference = data.astype(np.int32) - spread(zero).astype(np.int32)
+    return np.asarray(difference.astype(np.float32) * spread(scale).astype(np.float32))
+
+
 def _divided(values: Sequence[Array]) -> Array | None:
     return values[0] / values[1] if values[0].dtype.kind == "f" else None
 
@@ -271,5 +317,6 @@ _FOLDABLE: dict[str, Callable[[Sequence[Array], Node], Any]] = {
     "broadcast_to": lambda values, node: np.broadcast_to(values[0], node.shape or ()),
     "less": lambda values, node: values[0] < values[1],
     "sqrt": lambda values, node: np.sqrt(values[0]),
+    "dequantize": _dequantized,
     "astype": lambda values, node: values[0].astype(node.dtype),
 }

@@ -80,6 +80,9 @@ class FunctionWriter:
             return self._forms[expr].plain
         if not isinstance(expr, relax.Var):
             return expr
+        if expr not in self._forms:
+            # Part of an idiom (`FlatGraph`) that no kernel took after all.
+            self._copy(self.graph.producer[expr])
         forms = self._forms[expr]
         if forms.plain is None:
             forms.plain = self._unblocked(expr, forms.blocked)
@@ -261,8 +264,8 @@ class FunctionWriter:
         from tvm import relax
 
         if isinstance(expr, relax.Var):
-            static = expr in self._forms or self.graph.constant(expr) is not None
-            return self.plain(expr) if static else expr
+            known = expr in self._forms or expr in self.graph.producer
+            return self.plain(expr) if known else expr
         if isinstance(expr, relax.Tuple):
             return relax.Tuple([self._substitute(field) for field in expr.fields])
         if isinstance(expr, relax.TupleGetItem):

@@ -83,6 +83,10 @@ class VectorMath:
     def minimum(self, a: Expr, b: Expr) -> Expr:
         return self._tirx.Min(a, b)
 
+    def round(self, x: Expr) -> Expr:
+        """To the nearest integer, ties to even."""
+        return self._tirx.op.nearbyint(x)
+
     def is_nan(self, x: Expr) -> Expr:
         """By its bits: TVM simplifies x != x away."""
         tirx, lanes = self._tirx, self._lanes
