@@ -86,6 +86,15 @@ def test_every_exception_is_a_case_with_a_reason():
         assert reference_passes(cases[name]), f"{name}: ONNX Runtime fails it too, so no exception"
 
 
+def test_half_precision_is_judged_by_its_own_rounding():
+    """Folding moves a rounding of this float16 attention: 3e-4 of its range, within one step."""
+    (case,) = (c for c in all_cases() if c.name == "node/test_attention_4d_fp16_expanded")
+    compiled = edgepass.compile(case.model().SerializeToString(), "host", time_budget_s=0)
+    assert compiled.ledger.total_error is not None
+    assert 0 < compiled.ledger.total_error.relative < np.finfo(np.float16).eps
+    assert not [note for note in compiled.notes if "WARNING" in note]
+
+
 def test_the_comparison_sees_a_difference():
     node = helper.make_node("Relu", ["x"], ["y"])
     infos = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [3]) for n in "xy"]
