@@ -25,7 +25,8 @@ def as_feeds(data: Any, inputs: Sequence[TensorSpec], *, finite: bool = True) ->
     one input, of arrays; a mapping from input name to a stack of samples; the path of a `.npz`
     with such stacks, or of a folder of `.npz` files, one sample each. A stack has one axis more
     than the input (each entry is a sample), or as many (then as many rows as the input's batch, 1
-    where that is dynamic, are a sample). torch tensors are taken as arrays. `finite` refuses NaN and infinity.
+    where that is dynamic, are a sample). torch tensors are taken as arrays. `finite` refuses NaN
+    and infinity.
 
     Raises:
         CalibrationError: a wrong name, dtype or shape, stacks of different length, no sample, NaN.
