@@ -120,7 +120,8 @@ class _Liveness:
         copies = self._input_copies() if self.count_inputs and self.mixed else {}
         for i, node in enumerate(nodes):
             for size, value, until in copies.get(i, ()):
-                self._new(size, value, max(0, 2 * i - 1), until)
+                self.floats[value] = self.root[value]
+                self.root[value] = self._new(size, value, max(0, 2 * i - 1), until)
             if self.mixed:
                 self._hold_for_kernel(i, node)
                 for value in self.storage.unpacked(node):
