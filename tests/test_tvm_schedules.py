@@ -147,9 +147,6 @@ CONVS = {
     "one channel": (1, 5, 9, 30, 3, 1, 1, 1, 1),
     "whole groups": (32, 64, 6, 6, 3, 1, 1, 1, 2),
 }
-IMAGES_OF = {
-    "wide row": (8, 16, 1, 40, 3, 1, 1, 1, 1),
-}
 
 
 def conv_model(
@@ -334,6 +331,64 @@ def test_batch_normalization() -> None:
     assert not check(model, HOST, {"conv"}).unscheduled
 
 
+def quantized_conv(extra: Sequence[onnx.NodeProto]) -> onnx.ModelProto:
+    """Q/DQ around a convolution. Scales are no round numbers: nothing lands on a tie."""
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "xs", "xz"], ["xq"]),
+        helper.make_node("DequantizeLinear", ["xq", "xs", "xz"], ["xd"]),
+        helper.make_node("DequantizeLinear", ["w", "ws", "wz"], ["wd"], axis=0),
+        helper.make_node("DequantizeLinear", ["b", "bs"], ["bd"]),
+        helper.make_node("Conv", ["xd", "wd", "bd"], ["c"], pads=[1] * 4),
+        helper.make_node("Relu", ["c"], ["r"]),
+        helper.make_node("QuantizeLinear", ["r", "ys", "yz"], ["rq"]),
+        helper.make_node("DequantizeLinear", ["rq", "ys", "yz"], ["rd"]),
+        *extra,
+    ]
+    constants: dict[str, np.ndarray[Any, Any]] = {
+        "w": RNG.integers(-127, 127, (24, 16, 3, 3)).astype(np.int8),
+        "ws": RNG.uniform(0.005, 0.02, 24).astype(np.float32),
+        "wz": np.zeros(24, np.int8),
+        "b": RNG.integers(-999, 999, 24).astype(np.int32),
+        "bs": np.float32(0.000513),
+        "xs": np.float32(0.0213),
+        "xz": np.uint8(128),
+        "ys": np.float32(0.0937),
+        "yz": np.uint8(3),
+    }
+    return graph(nodes, {"x": (1, 16, 9, 9)}, constants)
+
+
+def test_quantize_pair_joins_the_kernel() -> None:
+    model = quantized_conv([helper.make_node("GlobalAveragePool", ["rd"], ["y"])])
+    report = check(model, HOST, {"conv"})
+    # The pair on the graph's input is left to TVM; the one behind the convolution is fused.
+    assert sum("dequantize" in record.name for record in report.kernels) == 1, str(report)
+    assert not report.unscheduled
+
+
+def test_quantized_value_read_twice() -> None:
+    extra = [
+        helper.make_node("DequantizeLinear", ["rq", "ys", "yz"], ["rd2"]),
+        helper.make_node("Cast", ["rq"], ["raw"], to=TensorProto.FLOAT),
+        helper.make_node("Concat", ["rd", "rd2", "raw"], ["y"], axis=1),
+    ]
+    check(quantized_conv(extra), HOST, {"conv"})
+
+
+def test_nan_test_with_another_reader() -> None:
+    nodes = [
+        helper.make_node("Softmax", ["x"], ["p"], axis=-1),
+        helper.make_node("IsNaN", ["p"], ["n"]),
+        helper.make_node("Where", ["n", "one", "p"], ["z"]),
+        helper.make_node("Cast", ["n"], ["f"], to=TensorProto.FLOAT),
+        helper.make_node("Add", ["z", "f"], ["y"]),
+    ]
+    x = RNG.standard_normal((3, 20)).astype(np.float32)
+    x[1] = -np.inf
+    model = graph(nodes, {"x": x.shape}, {"one": np.float32(1)})
+    check(model, HOST, {"reduction"}, {"x": x})
+
+
 # Matrix products --------------------------------------------------------------------------------
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize(
@@ -343,7 +398,7 @@ def test_matmul_by_a_constant(m: int, n: int, k: int, spec: CpuSpec) -> None:
     nodes = [
         helper.make_node("MatMul", ["x", "w"], ["p"]),
         helper.make_node("Add", ["p", "b"], ["q"]),
-        helper.make_node("Gelu", ["q"], ["y"]),
+        helper.make_node("Gelu" if m == 5 else "Relu", ["q"], ["y"]),
     ]
     constants = {"w": weight(k, n), "b": weight(n, scale=1.0)}
     report = check(graph(nodes, {"x": (m, k)}, constants), spec, {"matmul"})
@@ -424,7 +479,7 @@ def test_attention_reads_heads_through_views() -> None:
 
 # Rows ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("columns", [1, 5, 16, 67, 200])
+@pytest.mark.parametrize("columns", [1, 16, 87])
 def test_softmax(columns: int, spec: CpuSpec) -> None:
     node = helper.make_node("Softmax", ["x"], ["y"], axis=-1)
     x = RNG.standard_normal((3, 2, columns)).astype(np.float32) * 20
@@ -464,8 +519,8 @@ def test_layer_normalization(columns: int) -> None:
 
 @pytest.mark.parametrize("op", ["ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin"])
 @pytest.mark.parametrize("axes", [[-1], [2, 3], [1], [0, 1, 2, 3]])
-@pytest.mark.parametrize("keep", [0, 1])
-def test_reductions(op: str, axes: list[int], keep: int) -> None:
+def test_reductions(op: str, axes: list[int]) -> None:
+    keep = int(op in ("ReduceMean", "ReduceMax"))
     node = helper.make_node(op, ["x", "axes"], ["y"], keepdims=keep)
     model = graph([node], {"x": (2, 5, 6, 19)}, {"axes": np.array(axes)})
     module, report = lower(model, HOST)
