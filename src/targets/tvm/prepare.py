@@ -144,10 +144,13 @@ def _is_dynamic(dim: int | ir.SymbolicDim) -> bool:
 
 
 def dim_key(value: ir.Value, axis: int) -> str:
-    """How messages, `dims` and the side file call one dynamic dimension."""
+    """How messages, `dims` and the side file call one dynamic dimension.
+
+    Its symbol, or `input[axis]` where it has none: Paddle's exporter calls every one of them `?`.
+    """
     dim = value.shape.dims[axis] if value.shape is not None else None
     name = dim.value if isinstance(dim, ir.SymbolicDim) else None
-    return name or f"{value.name}[{axis}]"
+    return name if name and name != "?" else f"{value.name}[{axis}]"
 
 
 def _name_symbolic_dims(model: ir.Model) -> None:
