@@ -90,12 +90,12 @@ class _Writer:
                                 value = value * weight
                             acc.add(p, 0, value)
 
-        def value(p: int, _: int) -> Expr:
+        def result(p: int, _: int) -> Expr:
             total = acc.value(p, 0)
             average = self.config.kind.startswith("average")
             return total * self._reciprocal(run, oh, p) if average else total
 
-        self.writer.store_tile(value, lambda p, _: [n, block, oh, ow + p], run.pixels, 1, lanes)
+        self.writer.store_tile(result, lambda p, _: [n, block, oh, ow + p], run.pixels, 1, lanes)
 
     def _reciprocal(self, run: ColumnTiles, oh: Expr, pixel: int) -> Expr:
         """One over the number of taps that are averaged."""

@@ -56,6 +56,11 @@ def static_type(expr: Expr) -> tuple[tuple[int, ...] | None, str]:
     return tuple(dims), dtype
 
 
+def int_tuple(values: Any) -> tuple[int, ...]:
+    """An attribute holding integers."""
+    return tuple(int(value) for value in values)
+
+
 class FlatGraph:
     """The nodes of a function whose body is one block of plain bindings."""
 
