@@ -203,15 +203,25 @@ def explain(
     plugin: Plugins = None,
     json: Json = False,
 ) -> None:
-    """Say why a rewrite rule matches at a node, or why not."""
+    """Say why a rewrite rule matches at a node, or why not.
+
+    The rule sees what it would in a pipeline: shapes inferred, and for a rule after the cleanup
+    stage a graph that is cleaned up.
+    """
+    from ..frontends import to_supported_opset
     from ..ir.graph import all_nodes
+    from ..passes.base import Stage
+    from ..passes.driver import run_passes
     from ..passes.registry import find_rule
     from ..passes.rules import explain as explain_one
     from ..passes.rules import explain_all
+    from ..pipelines import parse_recipe
 
     load_plugins(plugin)
     chosen = find_rule(rule)()
     graph = read_model(model)
+    to_supported_opset(graph)
+    graph, _ = run_passes(graph, parse_recipe("cleanup,") if chosen.stage > Stage.CLEANUP else [])
     if node is None:
         found = explain_all(chosen, graph)
     else:
