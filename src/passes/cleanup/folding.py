@@ -293,9 +293,10 @@ def _lift_constants(graph: ir.Graph, editor: Editor) -> int:
         tensor = constant_tensor(value)
         if tensor is None or tensor.dtype in _FOREIGN:
             continue
-        name = value.name or "constant"
-        initializer = add_initializer(graph, name, tensor)
+        name = value.name
+        initializer = add_initializer(graph, f"{name}/lifted", tensor)
         editor.replace_value(value, initializer)
         editor.erase(node)
+        initializer.name = name  # the weight keeps the name that its user knows
         lifted += 1
     return lifted
