@@ -287,6 +287,13 @@ def test_squeeze_and_excite_stays_blocked() -> None:
     check(model, HOST, {"conv", "reduction"})
 
 
+@pytest.mark.parametrize("shape", [(24, 1, 1), (1, 24, 1, 1), (1, 1), (9, 9), (1, 9, 1), (1,)])
+def test_constants_of_lower_rank_broadcast(shape: tuple[int, ...]) -> None:
+    tail = [helper.make_node("Mul", ["c", "factor"], ["y"])]
+    case = (16, 24, 9, 9, 3, 1, 1, 1, 1)
+    check(conv_model(case, tail=tail, factor=weight(*shape, scale=1.0)), HOST, {"conv"})
+
+
 def test_a_value_used_twice_is_not_fused_away() -> None:
     tail = [
         helper.make_node("Relu", ["c"], ["d"]),

@@ -20,10 +20,15 @@ MAX_GROUP = 16
 
 @dataclasses.dataclass(frozen=True)
 class Located:
-    """An operand's addressing, and whether it is wanted in the blocked layout."""
+    """An operand's addressing, and whether it is wanted in the blocked layout.
+
+    `rank` is that of the output it is broadcast to: a constant of shape [c, 1, 1] has its channels
+    elsewhere in an output of rank 3 than in one of rank 4.
+    """
 
     access: Access
     blocked: bool
+    rank: int = 0
 
 
 class Domain(Protocol):
@@ -110,7 +115,7 @@ class BlockedDomain:
             0 if h * w == 1 or (w == 1 and not self.flat) else width,
         )
         storage = (n, blocks, h, w, self.lanes) if blocked else shape
-        return Located(Access(storage, strides, blocked), blocked)
+        return Located(Access(storage, strides, blocked), blocked, len(self.shape))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +124,7 @@ class Source:
 
     expr: Expr
     blocked: bool
+    rank: int
 
 
 @dataclasses.dataclass
@@ -155,7 +161,7 @@ class _Growth:
         located = self.domain.locate(shape, value is not None)
         if located is None:
             return None
-        self.sources.append(Source(expr, located.blocked))
+        self.sources.append(Source(expr, located.blocked, located.rank))
         self.accesses.append(located.access)
         return Operand(len(self.sources) - 1)
 

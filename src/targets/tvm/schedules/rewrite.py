@@ -95,17 +95,7 @@ class FunctionWriter:
         assert shape is not None
         value = self.graph.constant(expr)
         if value is not None:
-            return self.packed(
-                expr,
-                "blocked",
-                lambda: block_channels(
-                    value.reshape(spatial_rank4(shape, max(value.ndim, 3)))
-                    if value.ndim >= 3
-                    else value,
-                    self.spec.lanes,
-                    1,
-                ),
-            )
+            return self._blocked_constant(expr, value, len(shape))
         forms = self._forms[expr]
         if forms.blocked is None:
             full = spatial_rank4(shape, len(shape))
@@ -193,18 +183,20 @@ class FunctionWriter:
         found = []
         for source in sources:
             value = self.graph.constant(source.expr)
-            if source.blocked and value is not None and value.ndim < 3:
-                found.append(self._blocked_vector(source.expr, value))
+            if source.blocked and value is not None:
+                found.append(self._blocked_constant(source.expr, value, source.rank))
             else:
                 found.append((self.blocked if source.blocked else self.plain)(source.expr))
         return found
 
-    def _blocked_vector(self, expr: Expr, value: Array) -> Expr:
-        def make() -> Array:
-            full = spatial_rank4(value.shape, 4)
-            return block_channels(value.reshape(full), self.spec.lanes, 1)
-
-        return self.packed(expr, "blocked", make)
+    def _blocked_constant(self, expr: Expr, value: Array, rank: int) -> Expr:
+        """A constant that broadcasts to a tensor of `rank` 3 or 4, in blocks."""
+        full = spatial_rank4(value.shape, rank)
+        return self.packed(
+            expr,
+            ("blocked", full),
+            lambda: block_channels(value.reshape(full), self.spec.lanes, 1),
+        )
 
     def place(self, anchor: Node, group: Group, emit: Callable[[], None]) -> None:
         """Claim the group and run `emit` where its last node stands (now, if it is the anchor)."""
