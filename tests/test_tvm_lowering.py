@@ -371,3 +371,36 @@ def test_vulkan_is_refused_where_the_wheel_has_no_generator(tmp_path: Path) -> N
         pytest.skip("this TVM generates Vulkan code")
     with pytest.raises(MissingDependencyError, match=r"target\.build\.vulkan"):
         emit(conv_model(), TvmTarget(kind="vulkan"), tmp_path / "model.so")
+
+
+# --- tuning ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_metaschedule_replaces_plain_loops_by_the_same_function(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import tvm
+    from tvm import te, topi
+
+    from edgepass.targets.tvm import tuning
+
+    a, b = te.placeholder((96, 96), name="a"), te.placeholder((96, 96), name="b")
+    plain = te.create_prim_func([a, b, topi.matmul(a, b)]).with_attr("global_symbol", "product")
+    target = X86_64_AVX2.tvm_target()
+    # Whatever compiles and runs counts as faster: the test must not depend on the clock.
+    monkeypatch.setattr(tuning, "_seconds", lambda f, _: 2.0 if f.same_as(plain) else 1.0)
+    tuned, replaced = tuning.tune(tvm.IRModule({"product": plain}), target, 2, ["product"])
+    assert replaced == ("product",)
+    left, right = floats(96, 96), floats(96, 96)
+    out = tvm.runtime.tensor(np.zeros((96, 96), np.float32))
+    function = tuned["product"].with_attr("global_symbol", "main")
+    built = tvm.compile(tvm.IRModule({"main": function}), target=target)
+    built["main"](tvm.runtime.tensor(left), tvm.runtime.tensor(right), out)
+    assert np.abs(out.numpy() - left @ right).max() < 1e-4
+
+
+def test_metaschedule_is_refused_for_another_machine(tmp_path: Path) -> None:
+    target = TvmTarget(cpu=ARM64_NEON_DOTPROD, tuning_trials=4)
+    with pytest.raises(LoweringError, match="measures on this machine"):
+        emit(conv_model(), target, tmp_path / "model.so", dims={"N": 1})

@@ -145,7 +145,9 @@ def emit(
             with _quiet():
                 module, schedule = schedule_module(module, target.cpu)
             if target.tuning_trials:
-                module = tune(module, tvm_target, target.tuning_trials, _untuned(schedule))
+                names = _untuned(schedule)
+                module, tuned = tune(module, tvm_target, target.tuning_trials, names)
+                note = f"MetaSchedule replaced {', '.join(tuned) or 'nothing'}"
         executable = _build(module, tvm_target)
     if target.kind in GPU_KINDS:
         note = check_gpu_module(executable.mod, target.kind)
