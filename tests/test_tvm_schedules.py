@@ -339,7 +339,11 @@ def test_batch_normalization() -> None:
 
 
 def quantized_conv(extra: Sequence[onnx.NodeProto]) -> onnx.ModelProto:
-    """Q/DQ around a convolution. Scales are no round numbers: nothing lands on a tie."""
+    """Q/DQ around a convolution.
+
+    Its scales are powers of two, so that its sums are exact in any order: otherwise one that falls
+    next to a tie could be rounded to another step by either runtime.
+    """
     nodes = [
         helper.make_node("QuantizeLinear", ["x", "xs", "xz"], ["xq"]),
         helper.make_node("DequantizeLinear", ["xq", "xs", "xz"], ["xd"]),
@@ -353,11 +357,11 @@ def quantized_conv(extra: Sequence[onnx.NodeProto]) -> onnx.ModelProto:
     ]
     constants: dict[str, np.ndarray[Any, Any]] = {
         "w": RNG.integers(-127, 127, (24, 16, 3, 3)).astype(np.int8),
-        "ws": RNG.uniform(0.005, 0.02, 24).astype(np.float32),
+        "ws": np.exp2(RNG.integers(-8, -5, 24)).astype(np.float32),
         "wz": np.zeros(24, np.int8),
         "b": RNG.integers(-999, 999, 24).astype(np.int32),
-        "bs": np.float32(0.000513),
-        "xs": np.float32(0.0213),
+        "bs": np.float32(2**-13),
+        "xs": np.float32(2**-6),
         "xz": np.uint8(128),
         "ys": np.float32(0.0937),
         "yz": np.uint8(3),
