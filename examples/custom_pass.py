@@ -13,7 +13,7 @@ edgepass.load_plugin(Path(__file__).with_name("my_passes.py"))
 compiled = edgepass.compile(
     net.eval(),
     target="my-board",
-    recipe="cleanup,fuse,rename_nodes,relu_to_clip{limit=4}",
+    recipe="cleanup,fuse,relu_to_clip{limit=4},rename_nodes",
     example_inputs=example,
 )
 print(compiled.ledger)

@@ -31,7 +31,7 @@ class ReluToClip(RewriteRule):
 class RenameNodes(Pass):
     """Names every node after its operator, in order: conv_0, conv_1, relu_0."""
 
-    stage = Stage.CLEANUP
+    stage = Stage.FUSE
     separator: str = "_"
 
     def run(self, model, context):

@@ -18,7 +18,7 @@ from .compiled import Compiled
 from .cost.report import CostReport, Estimate, cost_report
 from .errors import EdgepassError, UnsupportedOpError, UsageError
 from .frontends import load_model, load_notes, to_supported_opset
-from .ir.graph import all_nodes
+from .ir.graph import all_nodes, graph_tree
 from .ir.sizing import dim_name, is_dynamic, static_twin
 from .passes.base import Context, Feed, Pass
 from .passes.bisect import BisectResult, bisect_passes
@@ -303,9 +303,7 @@ def _session_options(target: Target, model: ir.Model) -> dict[str, str]:
     """The target's own, and those of its preferred scheme once the model has Q/DQ pairs."""
     options = dict(target.session_options)
     quantized = any(
-        node.op_type == "QuantizeLinear"
-        for graph in (model.graph, *model.graph.subgraphs())
-        for node in graph
+        node.op_type == "QuantizeLinear" for graph in graph_tree(model.graph) for node in graph
     )
     if quantized:
         for scheme in reversed(target.quantization):

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from .errors import PassOptionError
 from .passes.base import Pass
+from .passes.cleanup.branches import FoldBranches
 from .passes.cleanup.dead_code import DeadCode
 from .passes.cleanup.duplicates import Duplicates
 from .passes.cleanup.folding import FoldConstants
@@ -27,7 +28,7 @@ from .passes.registry import find_pass
 from .passes.spec import PassSpec, build_pass, parse_specs
 
 GROUPS: dict[str, tuple[type[Pass], ...]] = {
-    "cleanup": (FoldShapes, FoldConstants, Identities, Duplicates, DeadCode),
+    "cleanup": (FoldBranches, FoldShapes, FoldConstants, Identities, Duplicates, DeadCode),
     "fuse": (FoldAffine, GemmForms, FuseActivations),
 }
 """Names that stand for several passes at their default options."""

@@ -371,6 +371,8 @@ def test_stopped_in_the_middle_of_compile(tmp_path: Path, point: str, number: si
     child = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, point, str(mark), *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # a shell that runs the tests in its background has them ignore Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
     )
     try:
         wait_for(mark.exists, child)

@@ -616,7 +616,7 @@ def test_metadata_and_doc_strings_survive():
 
 
 def test_every_refusal_is_an_error_of_ours():
-    """A node with a kernel for no such dtype: refused with the node's name, not deep in a session."""
+    """No kernel takes the dtype: refused with the node's name, not deep in a session."""
     proto = parse("g (uint16[2] x) => (uint16[2] y) { y = Sin (x) }", opset=22)
     with pytest.raises(EdgepassError) as caught:
         edgepass.compile(proto, "host", time_budget_s=0)
@@ -624,7 +624,7 @@ def test_every_refusal_is_an_error_of_ours():
 
 
 def test_a_model_that_no_random_input_fits_is_compiled_and_saved(tmp_path):
-    """The target of a Reshape among the inputs: random sizes do not multiply to the right number."""
+    """A Reshape's target among the inputs: random sizes do not multiply to the right number."""
     proto = parse("""
     g (float[2,3] x, int64[2] shape, seq(float[N]) s) => (float[A,B] y, int64 n)
     { y = Reshape (x, shape)  n = SequenceLength (s) }""")

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import onnx_ir as ir
 
-from .graph import add_initializer, fresh_name
+from .graph import add_initializer, fresh_name, node_subgraphs
 
 
 class Listener(Protocol):
@@ -321,3 +321,12 @@ def inherit_metadata(sources: Iterable[ir.Node], nodes: Iterable[ir.Node]) -> No
     for node in nodes:
         for source in sources:
             _inherit_node(source, node)
+
+
+def disconnect(graph: ir.Graph) -> None:
+    """Cut a doomed subgraph's uses of outer values, so that their producers can go too."""
+    for node in reversed(list(graph)):
+        for subgraph in node_subgraphs(node):
+            disconnect(subgraph)
+        for i in range(len(node.inputs)):
+            node.replace_input_with(i, None)

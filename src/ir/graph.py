@@ -25,6 +25,7 @@ Dim = int | ir.SymbolicDim
 ONNX_DOMAINS = frozenset({"", "ai.onnx"})
 CONTRIB_DOMAIN = "com.microsoft"
 _NAMES = "edgepass.names"
+_WITH_SUBGRAPHS = frozenset({"If", "Loop", "Scan", "SequenceMap"})
 
 
 class AbsentTensor(ir.LazyTensor):
@@ -76,11 +77,17 @@ def absent_weights(model: ir.Model) -> list[str]:
 
 def graphs(model: ir.Model) -> Iterator[ir.Graph]:
     """The main graph, every subgraph under it, and every function's graph."""
-    yield model.graph
-    yield from model.graph.subgraphs()
+    yield from graph_tree(model.graph)
     for function in model.functions.values():
-        yield function.graph
-        yield from function.graph.subgraphs()
+        yield from graph_tree(function.graph)
+
+
+def graph_tree(graph: ir.Graph) -> Iterator[ir.Graph]:
+    """A graph, then the subgraphs of its nodes, theirs included."""
+    yield graph
+    for node in graph:
+        for subgraph in node_subgraphs(node):
+            yield from graph_tree(subgraph)
 
 
 def all_nodes(model: ir.Model) -> Iterator[ir.Node]:
@@ -101,6 +108,8 @@ def has_subgraphs(node: ir.Node) -> bool:
 
 def node_subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
     """The graphs directly in a node's attributes."""
+    if node.domain == "" and node.op_type not in _WITH_SUBGRAPHS:
+        return  # most nodes: attributes need not be looked at
     for attribute in node.attributes.values():
         if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref():
             yield attribute.as_graph()
@@ -231,7 +240,7 @@ def fresh_name(graph: ir.Graph, base: str) -> str:
     """A name like `base` that no value uses yet: O(1) after `index_names`."""
     taken: set[str] | None = graph.meta.get(_NAMES)
     if taken is None:
-        taken = {name for g in (graph, *graph.subgraphs()) for name in _value_names(g)}
+        taken = {name for g in graph_tree(graph) for name in _value_names(g)}
         graph.meta[_NAMES] = taken
     name, n = base, 0
     while name in taken:

@@ -21,6 +21,7 @@ from .graph import (
     attribute,
     constant_scalar,
     constant_tensor,
+    graph_tree,
     is_onnx_op,
     static_shape,
 )
@@ -173,7 +174,7 @@ def planned_bytes(plan: QuantPlan, value: ir.Value) -> int:
 def planned_model_bytes(plan: QuantPlan, model: ir.Model) -> int:
     """Bytes of all initializers and scales of the main graph and its subgraphs under a plan."""
     total = 0
-    for graph in (model.graph, *model.graph.subgraphs()):
+    for graph in graph_tree(model.graph):
         values = [*graph.initializers.values()]
         values += [v for v in graph.inputs if not v.is_initializer()]
         values += [v for node in graph for v in node.outputs]

@@ -89,7 +89,7 @@ class Engine(Protocol):
     def attribute(self, node: ir.Node, name: str) -> ir.Attr | None:
         """An attribute, looked up at the call site where a function's caller sets it."""
 
-    def infer_graph(self, graph: ir.Graph, *, reachable: bool = True) -> None:
+    def infer_graph(self, graph: ir.Graph, *, certain: bool = True) -> None:
         """Infer a subgraph whose inputs have been bound; one that never runs may contradict."""
 
     def bind(self, value: ir.Value, fact: Fact) -> None:

@@ -36,13 +36,18 @@ def _put_named(call: Call, output: int, fact: Fact, dims: Dims | None) -> None:
 
 @rule("If")
 def if_(call: Call) -> None:
-    """What both branches agree on; one branch alone when the condition is constant."""
+    """What both branches agree on; one branch alone when the condition is constant.
+
+    While the condition is open a branch may contradict: a model with a branch for each input size
+    is sound, and given one size the other branches could not run.
+    """
     branches = [call.attr("then_branch"), call.attr("else_branch")]
     taken = call.ints(0)
     for index, graph in enumerate(branches):
         if graph is None:
             call.fail("a branch is missing")
-        call.engine.infer_graph(graph, reachable=not taken or bool(taken[0]) == (index == 0))
+        certain = taken is not None and len(taken) == 1 and bool(taken[0]) == (index == 0)
+        call.engine.infer_graph(graph, certain=certain)
         if len(graph.outputs) != len(call.node.outputs):
             call.fail(
                 f"a branch has {len(graph.outputs)} outputs, the node {len(call.node.outputs)}"

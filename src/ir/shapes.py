@@ -32,6 +32,7 @@ from .graph import (
     all_nodes,
     constant_tensor,
     describe_node,
+    graph_tree,
     graphs,
     is_absent,
     node_subgraphs,
@@ -90,6 +91,13 @@ class ShapeReport:
         if data is None or value.dtype not in (ir.DataType.INT64, ir.DataType.INT32):
             return None
         return tuple(dim_math.UNKNOWN if isinstance(e, float) else e for e in data)
+
+    def condition(self, value: ir.Value) -> bool | None:
+        """What a bool of one element always is, or None when that is not known."""
+        data = self._data.get(value)
+        if data is None or value.dtype != ir.DataType.BOOL or len(data) != 1:
+            return None
+        return bool(data[0]) if isinstance(data[0], int) else None
 
 
 def infer_shapes(model: ir.Model, *, strict: bool = True, refresh: bool = False) -> ShapeReport:
@@ -188,10 +196,14 @@ class ShapeInference:
         """Re-infer one node; whether anything about its outputs changed."""
         return self._visit(node)
 
-    def infer_graph(self, graph: ir.Graph, *, reachable: bool = True) -> None:
-        """Infer a subgraph whose inputs have been bound; one that never runs may contradict."""
+    def infer_graph(self, graph: ir.Graph, *, certain: bool = True) -> None:
+        """Infer a subgraph whose inputs have been bound.
+
+        One that is not certain to run may contradict; of such a one only what it declares is kept,
+        so that nothing is rewritten by what would be true if it did run.
+        """
         strict, kept = self.strict, len(self.diagnostics)
-        self.strict = strict and reachable
+        self.strict = strict and certain
         self._depth += 1
         try:
             for node in graph:
@@ -199,8 +211,17 @@ class ShapeInference:
         finally:
             self._depth -= 1
             self.strict = strict
-        if not reachable:
+        if not certain and len(self.diagnostics) > kept:
             del self.diagnostics[kept:]
+            self._forget(graph)
+
+    def _forget(self, graph: ir.Graph) -> None:
+        """Go back to what the values of a subgraph, and of those in it, declare."""
+        for inner in graph_tree(graph):
+            for value in (*inner.inputs, *(v for node in inner for v in node.outputs)):
+                dims, _ = self._original(value)
+                value.shape = None if dims is None else ir.Shape(dims)
+                self._facts[value] = self._declared_fact(value)
 
     def report(self) -> ShapeReport:
         """Counts, diagnostics and followed data so far."""

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
+from .graph import graph_tree
 from .shapes import infer_shapes
 
 
@@ -44,7 +45,7 @@ def static_twin(model: ir.Model, dims: Mapping[str, int]) -> ir.Model:
                     for axis, d in enumerate(value.shape.dims)
                 ]
             )
-    for graph in (twin.graph, *twin.graph.subgraphs()):
+    for graph in graph_tree(twin.graph):
         for node in graph:
             for value in node.outputs:
                 value.shape = None

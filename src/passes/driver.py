@@ -68,10 +68,18 @@ def run_passes(
     """
     context = context or Context()
     verify(model)
+    reference, unchecked = _reference(model, probe)
     infer_shapes(model)
-    state = _Progress(model, context, Ledger(), measure(model, context.dims), probe=probe)
-    if probe is not None:
-        _reference(state)
+    state = _Progress(
+        model,
+        context,
+        Ledger(),
+        measure(model, context.dims),
+        reference,
+        unchecked,
+        None if reference is None else probe,
+        reference,
+    )
     ordered = sort_by_stage(passes)
     total = len(ordered)
     done = 0
@@ -110,14 +118,15 @@ def run_passes(
     return state.model, state.ledger
 
 
-def _reference(state: _Progress) -> None:
-    assert state.probe is not None
+def _reference(model: ir.Model, probe: Probe | None) -> tuple[dict[str, np.ndarray] | None, str]:
+    """The source's own results, or None and why not. Taken before anything is written to it:
+    shapes that we infer for a branch never taken can make the runtime refuse the model."""
+    if probe is None:
+        return None, ""
     try:
-        state.reference = dict(state.probe.run(state.model))
-        state.first = state.reference
+        return probe.run(model), ""
     except EdgepassError as error:
-        state.unchecked = f"not checked: {error.diagnostic.what}"
-        state.probe = None
+        return None, f"not checked: {error.diagnostic.what}"
 
 
 def _run_one(state: _Progress, item: Pass) -> LedgerRow:

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from ..errors import UnsupportedOpError, UsageError
 from ..ir.edit import Builder, Editor
-from ..ir.graph import describe_node, has_subgraphs, opset_of
+from ..ir.graph import describe_node, graph_tree, has_subgraphs, opset_of
 from ..targets.support import Support
 from ..targets.target import No, Runtime, Target
 from .base import Context, Pass, PassResult, Stage
@@ -67,7 +67,7 @@ def _wrap_half(model: ir.Model, target: Target) -> int:
     editor = Editor()
     support = Support(target, model)
     wrapped = 0
-    for graph in (model.graph, *model.graph.subgraphs()):
+    for graph in graph_tree(model.graph):
         for node in list(graph):
             answer = support.of(node)
             if not isinstance(answer, No):

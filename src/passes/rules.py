@@ -27,7 +27,7 @@ import onnx_ir as ir
 
 from ..errors import EdgepassError, PassFailedError
 from ..ir.edit import Builder, Editor
-from ..ir.graph import all_nodes, describe_node, source_line
+from ..ir.graph import all_nodes, describe_node, graph_tree, source_line
 from ..ir.match import Match, Mismatch, OpPattern, match
 from .base import Context, Pass, PassResult, Stage
 
@@ -141,10 +141,7 @@ def apply_rules(
                 index.setdefault(op_type, []).append((rule, pattern))
     counts: collections.Counter[str] = collections.Counter()
     candidates = [
-        node
-        for graph in (model.graph, *model.graph.subgraphs())
-        for node in graph
-        if node.op_type in index
+        node for graph in graph_tree(model.graph) for node in graph if node.op_type in index
     ]
     worklist = _Worklist(candidates, depth)
     editor = Editor(worklist)

@@ -13,7 +13,7 @@ from typing import Any
 import onnx_ir as ir
 
 from ..errors import StrictTargetError
-from ..ir.graph import ONNX_DOMAINS, describe_node, is_onnx_op
+from ..ir.graph import ONNX_DOMAINS, describe_node, graph_tree, is_onnx_op
 from ..ir.quant import integer_islands
 from .target import No, Runtime, Target, Yes
 
@@ -144,7 +144,7 @@ def place(target: Target, model: ir.Model) -> Placement:
     integer = {id(node) for node in integer_islands(model)}
     support = Support(target, model)
     groups: dict[tuple[str, str, bool, str], list[ir.Node]] = collections.defaultdict(list)
-    for graph in (model.graph, *model.graph.subgraphs()):
+    for graph in graph_tree(model.graph):
         for node in graph:
             if node.op_type in ("Constant", "QuantizeLinear", "DequantizeLinear"):
                 continue

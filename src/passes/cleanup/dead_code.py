@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from ...ir.edit import disconnect
 from ...ir.graph import all_nodes, graphs, node_subgraphs
 from ...ir.ops import is_pure
 from ..base import Context, Pass, PassResult, Stage
@@ -44,19 +45,10 @@ def _remove_nodes(graph: ir.Graph, model: ir.Model) -> int:
                 removed += _remove_nodes(subgraph, model)
         elif node.outputs and is_pure(node, model.functions):
             for subgraph in node_subgraphs(node):
-                _disconnect(subgraph)
+                disconnect(subgraph)
             graph.remove(node, safe=True)
             removed += 1
     return removed
-
-
-def _disconnect(graph: ir.Graph) -> None:
-    """Cut a doomed subgraph's uses of outer values, so that their producers can go too."""
-    for node in reversed(list(graph)):
-        for subgraph in node_subgraphs(node):
-            _disconnect(subgraph)
-        for i in range(len(node.inputs)):
-            node.replace_input_with(i, None)
 
 
 def _remove_initializers(model: ir.Model) -> int:

@@ -17,6 +17,7 @@ from ...ir.graph import (
     AbsentTensor,
     add_initializer,
     constant_tensor,
+    graph_tree,
     has_subgraphs,
     is_absent,
     is_onnx_op,
@@ -61,7 +62,7 @@ class FoldConstants(Pass):
         editor = Editor()
         lifted = folded = 0
         opsets = {d: v for d, v in model.opset_imports.items() if d in ONNX_DOMAINS}
-        for graph in (model.graph, *model.graph.subgraphs()):
+        for graph in graph_tree(model.graph):
             lifted += _lift_constants(graph, editor)
             folded += self._fold(graph, opsets, editor)
         found = ((folded, "folded {} nodes"), (lifted, "{} constants to initializers"))

@@ -9,9 +9,11 @@ import numpy as np
 import onnx_ir as ir
 
 from ...ir.edit import Editor
-from ...ir.graph import add_initializer, constant_tensor, is_onnx_op
+from ...ir.graph import add_initializer, constant_tensor, graph_tree, is_onnx_op
 from ...ir.shapes import ShapeReport, infer_shapes
 from ..base import Context, Pass, PassResult, Stage
+
+_SHAPE_DTYPES = (ir.DataType.INT64, ir.DataType.INT32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +30,12 @@ class FoldShapes(Pass):
     fixpoint: ClassVar[bool] = True
 
     def run(self, model: ir.Model, context: Context) -> PassResult:
+        if not any(_may_fold(node) for graph in graph_tree(model.graph) for node in graph):
+            return PassResult(model, False)
         report = infer_shapes(model)
         editor = Editor()
         folded = reshaped = 0
-        for graph in (model.graph, *model.graph.subgraphs()):
+        for graph in graph_tree(model.graph):
             for node in list(graph):
                 folded += _fold_known(graph, node, report, editor)
                 reshaped += _fold_reshape(graph, node, report, editor)
@@ -43,11 +47,20 @@ class FoldShapes(Pass):
         return PassResult(model, bool(notes), notes)
 
 
+def _may_fold(node: ir.Node) -> bool:
+    """Whether it is worth inferring what the node computes."""
+    if is_onnx_op(node, "Constant"):
+        return False
+    if is_onnx_op(node, "Reshape"):
+        return len(node.inputs) > 1 and constant_tensor(node.inputs[1]) is None
+    return len(node.outputs) == 1 and node.outputs[0].dtype in _SHAPE_DTYPES
+
+
 def _fold_known(graph: ir.Graph, node: ir.Node, report: ShapeReport, editor: Editor) -> int:
     if is_onnx_op(node, "Constant") or len(node.outputs) != 1:
         return 0
     value = node.outputs[0]
-    if not value.uses() or value.dtype not in (ir.DataType.INT64, ir.DataType.INT32):
+    if not value.uses() or value.dtype not in _SHAPE_DTYPES:
         return 0
     array = _known_array(value, report)
     if array is None:
