@@ -17,6 +17,7 @@ from .graph import Dim
 from .shape_rules import Call, Data, Dims, Element, Undecided, element_grid, rule
 from .shape_rules_elementwise import MAX_DATA
 
+_INT_MAX = (2**31 - 1, 2**63 - 1)
 _END = 10**9  # exporters write "to the end" as 1e9, INT32_MAX, INT64_MAX or their negatives
 
 
@@ -450,10 +451,10 @@ def _slice_length(call: Call, dim: Dim, start: Element, end: Element, step: Elem
         return dim_math.UNKNOWN
     if step == 0:
         call.fail("a step of 0")
-    if isinstance(start, float) or isinstance(end, float):
+    if isinstance(start, float) or isinstance(end, float) or _is_disputed(end, step):
         return dim_math.UNKNOWN
     if isinstance(dim, int) and isinstance(start, int) and isinstance(end, int):
-        return len(range(*slice(start, _python_end(end, step), step).indices(dim)))
+        return len(_slice_range(dim, start, end, step))
     if step < 0:
         return _reversed_length(dim, start, end, step)
     first, last = _bound(dim, start), _bound(dim, end)
@@ -464,9 +465,24 @@ def _slice_length(call: Call, dim: Dim, start: Element, end: Element, step: Elem
     return length if negative is False else 0 if negative else dim_math.maximum(length, 0)
 
 
-def _python_end(end: int, step: int) -> int | None:
-    """Python's slice for a negative step needs None for "past the first element"."""
-    return None if step < 0 and end <= -_END else end
+def _is_disputed(end: Element, step: int) -> bool:
+    """INT_MAX as the end of a reversed slice: clamped to the last element by the definition,
+    read as "past the first" by ONNX Runtime. Nothing is claimed.
+    """
+    return step < 0 and isinstance(end, int) and end in _INT_MAX
+
+
+def _slice_range(dim: int, start: int, end: int, step: int) -> range:
+    """The indices taken, clamped as the operator defines it.
+
+    Python's slice differs for a negative step: a start before the first element is clamped to it,
+    not past it.
+    """
+    start = start + dim if start < 0 else start
+    end = end + dim if end < 0 else end
+    if step > 0:
+        return range(min(max(start, 0), dim), min(max(end, 0), dim), step)
+    return range(min(max(start, 0), dim - 1), min(max(end, -1), dim - 1), step)
 
 
 def _reversed_length(dim: Dim, start: Element, end: Element, step: int) -> Dim:
@@ -510,14 +526,13 @@ def _slice_data(
     grid = element_grid(data, dims)
     if grid is None:
         return None
-    picks = [slice(None)] * len(dims)
     for position, axis in enumerate(axes):
         bounds = _taken(starts, position), _taken(ends, position), _taken(steps, position)
         start, end, step = (b if type(b) is int else None for b in bounds)
-        if start is None or end is None or step is None:
+        if start is None or end is None or step is None or _is_disputed(end, step):
             return None
-        picks[axis] = slice(start, _python_end(end, step), step)
-    return tuple(grid[tuple(picks)].reshape(-1))
+        grid = grid.take(_slice_range(grid.shape[axis], start, end, step), axis)
+    return tuple(grid.reshape(-1))
 
 
 @rule("Pad")
