@@ -185,7 +185,9 @@ class Builder:
             nodes.append(helper.make_node(op, [inner], [out]))
             info = helper.make_tensor_value_info(out, TensorProto.FLOAT, None)
             branches.append(helper.make_graph(nodes, self.name("branch"), [], [info]))
-        self.add("If", ["flag"], shape, then_branch=branches[0], else_branch=branches[1])
+        # sometimes the condition is a constant, and one branch is never taken
+        flag = "flag" if self.draw(st.booleans()) else self.constant(np.array(True))
+        self.add("If", [flag], shape, then_branch=branches[0], else_branch=branches[1])
 
 
 @st.composite

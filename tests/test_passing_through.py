@@ -17,6 +17,11 @@ from onnx import TensorProto, helper, numpy_helper
 import edgepass
 from backend_cases import difference, reference_outputs
 from edgepass.errors import EdgepassError, UnsupportedOpError
+from edgepass.frontends import load_model
+from edgepass.passes.base import Context
+from edgepass.passes.driver import run_passes
+from edgepass.pipelines import parse_recipe
+from edgepass.targets.onnxruntime import OrtRunner
 
 I64 = np.int64
 F32 = np.float32
@@ -210,6 +215,65 @@ def test_constant_condition_with_a_wrong_shape_in_the_dead_branch():
         >
     }""")
     same(proto, {"x": vector(1, 2).reshape(2, 1)})
+
+
+def test_a_branch_never_taken_that_contradicts_what_inference_knows():
+    """Only integer division tells that `b` has 4 rows: ONNX Runtime can't, and takes the model."""
+    proto = parse("""
+    g (float[8,3] x) => (float[R,C] y)
+    <int64[1] two = {2}, int64 one = {1}, int64[1] zero = {0}, int64[1] first = {0}, int64 at = {0},
+     int64[1] rest = {-1}>
+    {
+        s = Shape (x)
+        rows = Gather (s, first)
+        half = Div (rows, two)
+        target = Concat <axis = 0> (half, rest)
+        b = Reshape (x, target)
+        t = Shape (b)
+        n = Gather (t, at)
+        p = Equal (n, one)
+        y0 = If (p) <
+            then_branch = t1 () => (float[C1] o) { c = Squeeze (b, zero)
+                                                   o = Exp (c) },
+            else_branch = e1 () => (float[R2,C2] o2) { c = Neg (b)
+                                                       o2 = Exp (c) }
+        >
+        y1 = If (p) <
+            then_branch = t2 () => (float[C3] o3) { c = Squeeze (b, zero)
+                                                    o3 = Abs (c) },
+            else_branch = e2 () => (float[R4,C4] o4) { c = Neg (b)
+                                                       w = Constant <value_float = 3.0> ()
+                                                       d = Mul (c, w)
+                                                       o4 = Identity (b) }
+        >
+        y = Add (y0, y1)
+    }""")
+    compiled = same(proto, {"x": np.linspace(-1, 1, 24, dtype=F32).reshape(8, 3)})
+    assert not any(node.op_type == "If" for node in compiled.model.graph)
+
+
+def test_an_open_branch_that_does_not_fit_the_size_of_the_input():
+    """A branch for each size of input, and the size fixed: the other branch is left as it is."""
+    proto = parse("""
+    g (float[8] x, int64 mode) => (float[A] y) <int64 one = {1}, int64[1] two = {2},
+     float[5] w = {0, 1, 2, 3, 4}>
+    {
+        p = Equal (mode, one)
+        y = If (p) <
+            then_branch = t1 () => (float[A1] o) { o = Neg (x) },
+            else_branch = e1 () => (float[A2] o2) { s = Shape (x)
+                                                    half = Div (s, two)
+                                                    m = Slice (x, two, half)
+                                                    n = Div (half, two)
+                                                    k = Expand (m, n)
+                                                    o2 = Add (k, w) }
+        >
+    }""")
+    # with its optimizations on, ONNX Runtime folds the shapes and refuses even the source
+    model, _ = run_passes(load_model(proto), parse_recipe("default"), Context())
+    x = np.arange(8, dtype=F32)
+    result = OrtRunner(model, optimize=False).run({"x": x, "mode": np.array(1)})
+    np.testing.assert_array_equal(result["y"], -x)
 
 
 # --- functions -------------------------------------------------------------------------------
