@@ -155,7 +155,7 @@ def wheel_cases(folder: Path) -> Iterator[Case]:
     vad = package("silero_vad")
     if vad is not None:
         one = {"batch": 1, "sequence": 576}
-        unnamed = {"input[0]": 1, "input[1]": 576, "state[1]": 1}
+        unnamed = {"input_d0": 1, "input_d1": 576, "state_d1": 1}
         dims = {
             "silero_vad": unnamed,
             "silero_vad_16k_op15": one,

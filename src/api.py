@@ -19,7 +19,7 @@ from .cost.report import CostReport, Estimate, cost_report
 from .errors import EdgepassError, UnsupportedOpError, UsageError
 from .frontends import load_model, load_notes, to_supported_opset
 from .ir.graph import all_nodes, graph_tree
-from .ir.sizing import dim_name, is_dynamic, static_twin
+from .ir.sizing import check_dims, dim_name, fix_dims, is_dynamic, static_twin
 from .passes.base import Context, Feed, Pass
 from .passes.bisect import BisectResult, bisect_passes
 from .passes.driver import run_passes, sort_by_stage
@@ -82,6 +82,10 @@ def compile(  # noqa: A001 - the name users look for
     """
     device = get_target(target)
     graph = _load(model, example_inputs, dynamic_shapes, input_shapes, weights_required=True)
+    if dims:
+        check_dims(graph, dims)
+        if device.runtime is Runtime.TVM:  # its importer knows fewer computed shapes
+            graph = fix_dims(graph, dims)
     notes = load_notes(graph)
     chosen = sort_by_stage([*parse_recipe(recipe), *passes, *epilogue()])
     feeds = None if calibration is None else as_feeds(calibration, input_specs(graph))
@@ -101,8 +105,6 @@ def compile(  # noqa: A001 - the name users look for
         placement.require_fast()
     if recipe == "default" and device.scheme is not None:
         notes.append(_what_int8_adds(graph, device, sizes))
-    if dims and device.runtime is Runtime.TVM:
-        device = device.replace(tvm={**device.tvm, "dims": dict(dims)})
     report = cost_report(_sized(graph, sizes), device, recipe=recipe, dims=sizes)
     compiled = Compiled(
         model=graph,

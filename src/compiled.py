@@ -88,11 +88,8 @@ class Compiled:
 
             self._folder = tempfile.TemporaryDirectory(prefix="edgepass-")
             out = Path(self._folder.name) / "model.so"
-            emit(self.model, tvm_target(self.target), out, dims=self._tvm_dims())
+            emit(self.model, tvm_target(self.target), out)
         return Path(self._folder.name) / "model.so"
-
-    def _tvm_dims(self) -> Mapping[str, int] | None:
-        return dict(self.target.tvm.get("dims", {})) or None
 
     def save(
         self, path: str | Path, *, formats: Sequence[str] = ("onnx",), force: bool = False

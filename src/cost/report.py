@@ -300,21 +300,35 @@ class Estimate:
         )
 
     def table(self) -> Any:
-        """A `rich.table.Table`: a line a recipe. Every latency says that it is assumed."""
+        """A rich renderable: a line a recipe, and below the table what each should be read with.
+
+        Every latency says that it is assumed. Fits a terminal of 80 columns.
+        """
+        from rich import box
+        from rich.console import Group
+        from rich.padding import Padding
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(
             title=f"Estimate for {self.target}",
             title_justify="left",
+            box=box.SIMPLE_HEAD,
             show_edge=False,
             pad_edge=False,
         )
-        for heading in _HEADINGS:
-            left = heading in ("recipe", "notes")
+        shown = ("recipe", "file", "peak activations", "MACs", "latency")
+        for heading in shown:
+            left = heading == "recipe"
             table.add_column(heading, justify="left" if left else "right", overflow="fold")
+        notes = []
         for line in self._lines():
-            table.add_row(*line)
-        return table
+            cells = dict(zip(_HEADINGS, line, strict=True))
+            table.add_row(*(cells[heading] for heading in shown))
+            if cells["notes"]:
+                text = f"{cells['recipe']}: {cells['notes']}"
+                notes.append(Padding(Text(text, style="dim"), (0, 0, 0, 2)))
+        return Group(table, *notes)
 
     def per_node_table(self, recipe: str) -> Any:
         """A `rich.table.Table`: a line a node of one recipe's graph.

@@ -119,12 +119,19 @@ class Ledger:
 
     def table(self) -> Any:
         """A rich renderable: the table, and below it the notes of each pass that has any."""
+        from rich import box
         from rich.console import Group
         from rich.padding import Padding
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title="Ledger", title_justify="left", show_edge=False, pad_edge=False)
+        table = Table(
+            title="Ledger",
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            show_edge=False,
+            pad_edge=False,
+        )
         for heading in ("pass", "nodes", "weights", "MACs", "error", "seconds"):
             right = heading != "pass"
             table.add_column(heading, justify="right" if right else "left", no_wrap=right)

@@ -4,9 +4,9 @@ Here: the public names. `importer` reads the graph into Relax, `schedules` makes
 `emit` compiles and links, `run` executes on the host. Importing this package does not load TVM.
 """
 
+from ...ir.sizing import fix_dims, symbolic_dims
 from .emit import TvmEmitReport, TvmTarget, emit
 from .importer import to_relax, unsupported_nodes
-from .prepare import fix_dims, symbolic_dims
 from .run import TvmRunner
 
 __all__ = [

@@ -22,6 +22,7 @@ import onnx_ir as ir
 
 from ...errors import EdgepassError, LoweringError, UsageError
 from ...ir.graph import static_shape
+from ...ir.sizing import dim_name, fix_dims
 from .crosscompile import (
     ELF_MACHINES,
     Linker,
@@ -33,7 +34,6 @@ from .crosscompile import (
 )
 from .gpu import check_gpu_module, gpu_target, lower_gpu, require_code_generator
 from .importer import USE_ONNX_RUNTIME, first_line, require_tvm, to_relax
-from .prepare import dim_key, fix_dims
 from .run import SIDE_FILE_FORMAT, TensorInfo, side_file
 from .schedules.pipeline import schedule_module
 from .schedules.report import ScheduleReport
@@ -289,7 +289,7 @@ def _shape(value: ir.Value) -> tuple[int | str, ...] | None:
     if static is not None and all(d >= 0 for d in static):
         return static
     return tuple(
-        d if isinstance(d, int) and d >= 0 else dim_key(value, axis)
+        d if isinstance(d, int) and d >= 0 else dim_name(value, axis)
         for axis, d in enumerate(value.shape.dims)
     )
 

@@ -28,9 +28,10 @@ from ...ir.graph import (
     node_subgraphs,
     opset_of,
 )
+from ...ir.sizing import symbolic_dims
 from .limits import LIMITS, NO_KERNELS
 from .lstm import lstm_obstacle
-from .prepare import EXPANDED_BY_DEFINITION, private_copy, symbolic_dims
+from .prepare import EXPANDED_BY_DEFINITION, private_copy
 from .symbolic import dimension_sources
 
 USE_ONNX_RUNTIME = 'use target="arm64" (ONNX Runtime)'

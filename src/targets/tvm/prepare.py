@@ -17,14 +17,13 @@ import onnx_ir as ir
 import onnx_ir.passes.common as onnx_passes
 from onnx_ir import external_data
 
-from ...errors import UsageError, WeightsAbsentError
+from ...errors import WeightsAbsentError
 from ...ir.graph import (
     ONNX_DOMAINS,
     absent_weights,
-    graphs,
     is_onnx_op,
-    static_shape,
 )
+from ...ir.sizing import dim_name, fix_dims
 from .lstm import lstm_obstacle, unroll_lstm
 from .symbolic import name_shape_targets, write_out_padding
 
@@ -89,68 +88,8 @@ def _and_more(count: int) -> str:
 # --- dimensions ------------------------------------------------------------------------------
 
 
-def symbolic_dims(model: ir.Model) -> dict[str, list[str]]:
-    """The key of each dynamic input dimension -> the input axes (`name[axis]`) that have it.
-
-    The key is the symbol's name, or `name[axis]` for a dimension without a name. `fix_dims`
-    takes these keys.
-    """
-    found: dict[str, list[str]] = {}
-    for value in model.graph.inputs:
-        for axis, dim in enumerate(value.shape.dims if value.shape is not None else ()):
-            if _is_dynamic(dim):
-                found.setdefault(dim_key(value, axis), []).append(f"{value.name}[{axis}]")
-    return found
-
-
-def fix_dims(model: ir.Model, dims: Mapping[str, int]) -> ir.Model:
-    """A copy of `model` with dynamic input dimensions fixed, and shapes inferred anew.
-
-    Args:
-        model: any graph; it is not changed.
-        dims: a key of `symbolic_dims` -> size. Dimensions not named stay dynamic.
-
-    Raises:
-        UsageError: no input has such a dimension, or a size is below 1.
-    """
-    known = symbolic_dims(model)
-    for name, size in dims.items():
-        if name not in known or size < 1:
-            raise UsageError(
-                f"The dimension {name!r} cannot be fixed to {size}",
-                where=f"dims={dict(dims)!r}",
-                why=f"dynamic dimensions of the inputs: {', '.join(known) or 'none'}"
-                if name not in known
-                else "a dimension is at least 1",
-                fix="name a dynamic dimension of an input, and a size of 1 or more",
-            )
-    copy = model.clone()
-    for value in copy.graph.inputs:
-        if value.shape is not None:
-            sizes = (dims.get(dim_key(value, axis), d) for axis, d in enumerate(value.shape.dims))
-            value.shape = ir.Shape(list(sizes))
-    # Names inside the graph were inferred while the dimension was dynamic; sizes replace them.
-    for graph in graphs(copy):
-        for node in graph:
-            for value in node.outputs:
-                if value.shape is not None and static_shape(value) is None:
-                    value.shape = None
-    onnx_passes.ShapeInferencePass()(copy)
-    return copy
-
-
 def _is_dynamic(dim: int | ir.SymbolicDim) -> bool:
     return not isinstance(dim, int) or dim < 0
-
-
-def dim_key(value: ir.Value, axis: int) -> str:
-    """How messages, `dims` and the side file call one dynamic dimension.
-
-    Its symbol, or `input[axis]` where it has none: Paddle's exporter calls every one of them `?`.
-    """
-    dim = value.shape.dims[axis] if value.shape is not None else None
-    name = dim.value if isinstance(dim, ir.SymbolicDim) else None
-    return name if name and name != "?" else f"{value.name}[{axis}]"
 
 
 def _name_symbolic_dims(model: ir.Model) -> None:
@@ -163,13 +102,13 @@ def _name_symbolic_dims(model: ir.Model) -> None:
     taken: set[str] = set()
     for value in model.graph.inputs:
         for axis, dim in enumerate(value.shape.dims if value.shape is not None else ()):
-            key = dim_key(value, axis)
+            key = dim_name(value, axis)
             if _is_dynamic(dim) and key not in renamed:
                 renamed[key] = _identifier(key, taken)
     values = [value for node in model.graph for value in node.outputs]
     for value in (*model.graph.inputs, *values):
         if value.shape is not None and any(map(_is_dynamic, value.shape.dims)):
-            keys = (dim_key(value, axis) for axis in range(len(value.shape.dims)))
+            keys = (dim_name(value, axis) for axis in range(len(value.shape.dims)))
             value.shape = ir.Shape(
                 [
                     ir.SymbolicDim(renamed.get(key, key)) if _is_dynamic(dim) else dim
