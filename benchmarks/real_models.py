@@ -22,6 +22,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import onnxruntime
+
+import edgepass
+from edgepass.errors import EdgepassError
+from edgepass.targets.emulator import EmulatedJob, find_emulator
 from real_models import (
     LOADERS,
     NotInstalled,
@@ -32,10 +36,6 @@ from real_models import (
     relative_error,
     run_steps,
 )
-
-import edgepass
-from edgepass.errors import EdgepassError
-from edgepass.targets.emulator import EmulatedJob, find_emulator
 
 TARGETS = ("x86_64", "arm64", "x86_64/tvm", "arm64/tvm")
 

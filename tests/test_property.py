@@ -7,6 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import edgepass
 from edgepass import list_passes
 from edgepass.frontends import load_model
 from edgepass.ir.shapes import infer_shapes
@@ -17,6 +18,7 @@ from edgepass.passes.driver import run_passes
 from edgepass.passes.probe import Probe, numeric_error
 from edgepass.passes.rules import RewriteRule
 from edgepass.pipelines import parse_recipe
+from edgepass.targets.onnxruntime import OrtRunner
 from edgepass.targets.registry import get_target
 from generated import feed_for, models
 
@@ -81,6 +83,17 @@ def test_the_default_recipe_keeps_everything_and_is_idempotent(proto, flag):
     text = format_model(compiled)
     again, _ = run_passes(compiled, parse_recipe("default"), context)
     assert format_model(again) == text
+
+
+@QUICK
+@given(proto=st.integers(7, 17).flatmap(lambda version: models(opset=version)))
+def test_older_opsets_compile_to_the_same_results(proto):
+    before = OrtRunner(proto.SerializeToString(), optimize=False).run(feed_for(proto))
+
+    compiled = edgepass.compile(proto, "x86_64", check_numerics=False, time_budget_s=0)
+
+    assert [v.name for v in compiled.model.graph.inputs] == [i.name for i in proto.graph.input]
+    assert numeric_error(before, compiled.run(feed_for(proto))).relative <= 1e-4
 
 
 @QUICK
