@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from digits import DigitsNet, accuracy, build, data, train
+from digits import DigitsNet, build, data, train
 from rich.console import Console
 
 import edgepass
@@ -49,13 +49,29 @@ def main() -> None:
 
     console.rule(f"3. Is it still right? {len(labels)} held-out images, true labels")
     folder = Path(tempfile.mkdtemp(prefix="edgepass-demo-"))
-    for name, compiled in (("float32", float32), ("int8", int8)):
-        artifact = edgepass.load(compiled.save(folder / name))
-        size = sum(f.stat().st_size for f in (folder / name).glob("model.*"))
-        share = accuracy(artifact.run, test, labels)
-        console.print(f"host      {name:8} {size:9,} bytes  accuracy {share:.4f}")
+    artifacts = {
+        name: edgepass.load(compiled.save(folder / name))
+        for name, compiled in (("float32", float32), ("int8", int8))
+    }
+    samples = [{"image": image[None]} for image in test]
+    result = edgepass.evaluate(TorchModel(net), artifacts, samples, labels)
+    console.print(result.table())
+    for name, rung in ((rung.name, rung) for rung in result.rungs[1:]):
+        size = sum(file.stat().st_size for file in (folder / name).glob("model.*"))
+        console.print(f"host      {name:8} {size:9,} bytes  accuracy {rung.accuracy:.4f}")
     emulated(folder, test, labels)
     console.print(f"\nArtifacts are in {folder}; try: edgepass run {folder}/int8 --emulate arm64")
+
+
+class TorchModel:
+    """The net as torch runs it: the original that the artifacts are held against."""
+
+    def __init__(self, net: DigitsNet) -> None:
+        self.net = net
+
+    def run(self, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        with torch.no_grad():
+            return {"logits": self.net(torch.from_numpy(feed["image"])).numpy()}
 
 
 def emulated(folder: Path, test: np.ndarray, labels: np.ndarray) -> None:

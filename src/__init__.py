@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from .artifact import load as load
     from .compiled import Compiled as Compiled
     from .errors import EdgepassError as EdgepassError
+    from .evaluation.ladder import Evaluation as Evaluation
+    from .evaluation.ladder import evaluate as evaluate
     from .ir.match import any_of as any_of
     from .ir.match import const as const
     from .ir.match import op as op
@@ -57,6 +59,8 @@ _HOMES = {
     "load": ("artifact", "load"),
     "Compiled": ("compiled", "Compiled"),
     "EdgepassError": ("errors", "EdgepassError"),
+    "Evaluation": ("evaluation.ladder", "Evaluation"),
+    "evaluate": ("evaluation.ladder", "evaluate"),
     "any_of": ("ir.match", "any_of"),
     "const": ("ir.match", "const"),
     "op": ("ir.match", "op"),

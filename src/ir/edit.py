@@ -229,14 +229,12 @@ class Builder:
     def node(
         self,
         op_type: str,
-        *inputs: ir.Value | np.ndarray | None,
+        *inputs: ir.Value | np.ndarray | np.generic | None,
         _domain: str = "",
         _outputs: int = 1,
         **attributes: Any,
     ) -> ir.Node:
-        values = [
-            self.initializer(f"{op_type}/c", v) if isinstance(v, np.ndarray) else v for v in inputs
-        ]
+        values = [self._input(op_type, item) for item in inputs]
         node = ir.Node(
             _domain,
             op_type,
@@ -248,11 +246,23 @@ class Builder:
         )
         return self._editor.insert_before(self._anchor, node)
 
+    def _input(
+        self, op_type: str, item: ir.Value | np.ndarray | np.generic | None
+    ) -> ir.Value | None:
+        if isinstance(item, np.ndarray | np.generic):
+            return self.initializer(f"{op_type}/c", np.asarray(item))
+        if item is not None and not isinstance(item, ir.Value):
+            raise TypeError(
+                f"an input of {op_type} is a {type(item).__name__}; give a value, None, or a numpy "
+                "array, which has a dtype"
+            )
+        return item
+
     def __getattr__(self, op_type: str) -> Any:
         if op_type.startswith("_"):
             raise AttributeError(op_type)
 
-        def make(*inputs: ir.Value | np.ndarray | None, **kwargs: Any) -> ir.Value:
+        def make(*inputs: ir.Value | np.ndarray | np.generic | None, **kwargs: Any) -> ir.Value:
             return self.node(op_type, *inputs, **kwargs).outputs[0]
 
         return make
