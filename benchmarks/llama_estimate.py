@@ -8,7 +8,6 @@ Built on torch's meta device from a transformers config; needs transformers.
 from __future__ import annotations
 
 import argparse
-import resource
 import time
 
 from host import describe_host
@@ -49,7 +48,8 @@ def main() -> None:
         input_shapes={"input_ids": f"1x{length}:int64"},
     )
     seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    with open("/proc/self/status", encoding="utf-8") as file:  # kB; of this process alone
+        peak = next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1e6
     print(estimate)
     print(f"{seconds:.1f} s, peak resident memory {peak:.2f} GB, imports included")
 
