@@ -6,6 +6,7 @@ from typing import Any
 
 from .generic import schedule_generic
 from .graph import FlatGraph
+from .legalize import legalizations
 from .report import KernelRecord, ScheduleReport
 from .rewrite import FunctionWriter, KernelLibrary
 from .rules import RULES
@@ -39,7 +40,7 @@ def schedule_module(mod: Any, spec: CpuSpec) -> tuple[Any, ScheduleReport]:
         passes = [
             relax.transform.DeadCodeElimination(),
             *cpu_passes.library_dispatch_passes(target),
-            relax.transform.LegalizeOps(),
+            relax.transform.LegalizeOps(dict(legalizations())),
             relax.transform.AnnotateTIROpPattern(),
             relax.transform.FoldConstant(),
             relax.transform.FuseOps(),
