@@ -23,19 +23,19 @@ def compiled(op: str, rows: str) -> edgepass.Compiled:
 
 @pytest.mark.parametrize("rows", ["3", "N"])
 def test_softmax_sums_to_one(rows: str):
-    """One class far above thousands of small ones, in rows of static and of dynamic number."""
-    x = np.random.default_rng(0).normal(0, 1.5, (3, COLUMNS)).astype(np.float32)
-    x[:, 7] = 14
+    """One class above thousands, each less than its last digit, together a few in ten thousand."""
+    x = np.random.default_rng(0).normal(0, 0.5, (3, COLUMNS)).astype(np.float32)
+    x[:, 7] = 17.5
     y = compiled("Softmax <axis = -1> (x)", rows).run({"x": x})["y"]
     wide = np.exp(x.astype(np.float64) - x.max(axis=1, keepdims=True))
     exact = wide / wide.sum(axis=1, keepdims=True)
-    assert 0.5 < exact.max() < 0.999
+    assert 1e-4 < 1 - exact.max() < 1e-2
     assert np.abs(y - exact).max() < 3e-6
 
 
-def test_a_sum_of_positive_numbers():
-    x = np.random.default_rng(0).uniform(0, 1, (2, COLUMNS)).astype(np.float32)
+def test_a_sum_of_one_large_and_many_small_numbers():
+    x = np.full((2, COLUMNS), 3e-4, np.float32)
     x[:, 0] = 1e4
     y = compiled("ReduceSum (x, last)", "2").run({"x": x})["y"]
     exact = x.sum(axis=1, keepdims=True, dtype=np.float64)
-    assert np.abs(y / exact - 1).max() < 1e-6
+    assert np.abs(y / exact - 1).max() < 2e-6
