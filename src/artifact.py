@@ -140,8 +140,9 @@ class Artifact:
             CalibrationError: the feed has wrong names, dtypes or shapes.
             ArtifactError: the library is for another machine.
         """
-        check_feed(self.inputs, feed)
-        results: dict[str, np.ndarray] = self._session().run(feed)
+        session = self._session()
+        check_feed(self.inputs, feed, optional=getattr(session, "defaults", ()))
+        results: dict[str, np.ndarray] = session.run(feed)
         if outputs is None:
             return results
         unknown = [name for name in outputs if name not in results]

@@ -6,6 +6,7 @@ tensors, scalars, strings, and the odd ways in which a graph's interface can be 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -617,7 +618,7 @@ def default_input(ir_version: int) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=opsets, ir_version=ir_version)
 
 
-def test_a_default_input_can_still_be_overridden():
+def test_a_default_input_can_still_be_overridden(tmp_path: Path):
     """From IR version 4 on an initializer among the inputs is a default, no constant."""
     proto = default_input(8)
     x, w = vector(1, 2), vector(3, 4)
@@ -625,6 +626,9 @@ def test_a_default_input_can_still_be_overridden():
     assert [v.name for v in compiled.model.graph.inputs] == ["x", "w"]
     np.testing.assert_array_equal(compiled.run({"x": x})["y"], x + 2)
     np.testing.assert_array_equal(compiled.run({"x": x, "w": w})["y"], x * w + 2 * w)
+    artifact = edgepass.load(compiled.save(tmp_path / "out"))
+    np.testing.assert_array_equal(artifact.run({"x": x})["y"], x + 2)
+    np.testing.assert_array_equal(artifact.run({"x": x, "w": w})["y"], x * w + 2 * w)
 
 
 def test_before_version_4_every_initializer_is_a_constant():

@@ -50,7 +50,8 @@ class OrtRunner:
     `session_options` are ONNX Runtime's configuration entries (`session.qdqisint8allowed`: "1").
     `optimize=False` turns its graph optimizations off: the reference for numerics. `threads` is
     the intra-op pool. `save_optimized` writes the graph as ONNX Runtime rewrote it. Weights over
-    `inline_limit` bytes are handed over in memory without a copy.
+    `inline_limit` bytes are handed over in memory without a copy. `inputs` and `outputs` say what
+    it takes and gives, `defaults` which inputs may be left out of a feed.
 
     Raises:
         UnsupportedOpError: a node has no kernel or no schema.
@@ -94,7 +95,7 @@ class OrtRunner:
         )
         self.inputs = tuple(_spec(node) for node in self._session.get_inputs())
         self.outputs = tuple(_spec(node) for node in self._session.get_outputs())
-        self._optional = [n.name for n in self._session.get_overridable_initializers()]
+        self.defaults = tuple(n.name for n in self._session.get_overridable_initializers())
         ports = (*self.inputs, *self.outputs)
         self._exotic = any(exotic_dtype(port.dtype) is not None for port in ports)
 
@@ -115,7 +116,7 @@ class OrtRunner:
                 raise UsageError(
                     f"The model has no output {name!r}", fix=f"outputs are: {sorted(known)}"
                 )
-        check_feed(self.inputs, feed, optional=self._optional)
+        check_feed(self.inputs, feed, optional=self.defaults)
         if self._session is None:
             raise UsageError("The runner is closed", fix="make a new one")
         try:
