@@ -244,7 +244,11 @@ def compare(path: Path, spec: CpuSpec, args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", type=Path)
-    parser.add_argument("--builtin", action="store_true", help="MobileNetV2 and a BERT encoder")
+    parser.add_argument(
+        "--builtin",
+        action="store_true",
+        help="MobileNetV2 and a BERT encoder; also where no model is given",
+    )
     parser.add_argument("--kernels", action="store_true", help="rules and times of each kernel")
     parser.add_argument("--runs", type=int, default=30)
     parser.add_argument(
@@ -271,7 +275,7 @@ def main() -> None:
         f"code for {spec.triple} {spec.mcpu}"
     )
     with tempfile.TemporaryDirectory() as folder:
-        paths = builtin_models(Path(folder)) if args.builtin else []
+        paths = builtin_models(Path(folder)) if args.builtin or not args.models else []
         for path in [*paths, *args.models]:
             try:
                 compare(path, spec, args)
