@@ -341,7 +341,7 @@ def _time(
 
     try:
         baseline = OrtRunner(original)
-        runner = compiled._make_runner()
+        runner = compiled.runner()  # the one that `run` will use
         what = compiled.target.name
         speed = compare(
             runner_of(baseline, feed), runner_of(runner, feed), budget_s=budget_s, what=what

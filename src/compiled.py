@@ -61,10 +61,14 @@ class Compiled:
         """
         overridable = [name for name in self.model.graph.initializers if name in feed]
         check_feed(input_specs(self.model), feed, optional=overridable)
+        results: dict[str, np.ndarray] = self.runner().run(feed)
+        return results
+
+    def runner(self) -> Any:
+        """The session or library behind `run`, made once."""
         if self._runner is None:
             self._runner = self._make_runner()
-        results: dict[str, np.ndarray] = self._runner.run(feed)
-        return results
+        return self._runner
 
     def _make_runner(self) -> Any:
         if self.target.runtime is Runtime.ONNXRUNTIME:

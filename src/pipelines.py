@@ -90,11 +90,6 @@ def epilogue() -> list[Pass]:
     return [Legalize()]
 
 
-def describe_recipes() -> list[Recipe]:
-    """The named recipes, for help texts."""
-    return list(RECIPES.values())
-
-
 def _expand(spec: PassSpec) -> list[Pass]:
     if spec.name in GROUPS and not spec.options:
         return [cls() for cls in GROUPS[spec.name]]

@@ -8,7 +8,6 @@ Not here: changing the graph (`edit`), patterns (`match`), operator facts (`ops`
 from __future__ import annotations
 
 import ast
-import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -143,12 +142,6 @@ def static_shape(value: ir.Value | None) -> tuple[int, ...] | None:
 def dims_of(value: ir.Value | None) -> tuple[Dim, ...] | None:
     """The dimensions, symbols kept, or None when even the rank is unknown."""
     return None if value is None or value.shape is None else value.shape.dims
-
-
-def element_count(value: ir.Value | None) -> int | None:
-    """Elements of a static shape; None when not static."""
-    shape = static_shape(value)
-    return None if shape is None else math.prod(shape)
 
 
 def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from .target import Hardware, Runtime, Target, Verified
+from .cuda import CUDA
 
-VULKAN = Target(
+VULKAN = CUDA.replace(
     name="vulkan",
     description="GPU through TVM (vulkan): compile and structural check only",
-    hardware=Hardware(
-        arch="vulkan",
-        vector_bits=1024,
-        frequency_ghz=1.0,
-        memory_gb_per_s=50.0,
-        macs_per_cycle={"float32": 512.0, "float16": 1024.0},
-    ),
-    runtime=Runtime.TVM,
-    verified=Verified.STRUCTURE,
-    opset=28,
+    arch="vulkan",
     tvm={"kind": "vulkan"},
 )
 
