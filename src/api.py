@@ -87,7 +87,8 @@ def compile(  # noqa: A001 - the name users look for
         if device.runtime is Runtime.TVM:  # its importer knows fewer computed shapes
             graph = fix_dims(graph, dims)
     notes = load_notes(graph)
-    chosen = sort_by_stage([*parse_recipe(recipe), *passes, *epilogue()])
+    wanted = sort_by_stage([*parse_recipe(recipe), *passes])
+    chosen = sort_by_stage([*wanted, *epilogue()])
     feeds = None if calibration is None else as_feeds(calibration, input_specs(graph))
     sample = _sample(graph, feeds, dims)
     sizes = sample.dims
@@ -109,7 +110,7 @@ def compile(  # noqa: A001 - the name users look for
     compiled = Compiled(
         model=graph,
         target=device,
-        recipe=format_passes(chosen[: -len(epilogue())]) or "none",
+        recipe=format_passes(wanted) or "none",
         ledger=ledger,
         placement=placement,
         notes=notes,

@@ -13,23 +13,40 @@ from collections.abc import Sequence
 
 from .errors import PassOptionError
 from .passes.base import Pass
+from .passes.cleanup.algebra import Algebra
 from .passes.cleanup.branches import FoldBranches
 from .passes.cleanup.dead_code import DeadCode
 from .passes.cleanup.duplicates import Duplicates
 from .passes.cleanup.folding import FoldConstants
 from .passes.cleanup.identities import Identities
+from .passes.cleanup.inline import InlineFunctions
+from .passes.cleanup.movement import Movement
 from .passes.cleanup.shape_folding import FoldShapes
 from .passes.driver import sort_by_stage
 from .passes.fuse.activations import FuseActivations
 from .passes.fuse.affine import FoldAffine
+from .passes.fuse.attention import FuseAttention
 from .passes.fuse.gemm import GemmForms
+from .passes.fuse.normalizations import FuseNormalizations
 from .passes.legalize import Legalize
+from .passes.lower.runtime_forms import RuntimeForms
 from .passes.registry import find_pass
 from .passes.spec import PassSpec, build_pass, parse_specs
 
 GROUPS: dict[str, tuple[type[Pass], ...]] = {
-    "cleanup": (FoldBranches, FoldShapes, FoldConstants, Identities, Duplicates, DeadCode),
-    "fuse": (FoldAffine, GemmForms, FuseActivations),
+    "cleanup": (
+        InlineFunctions,
+        FoldBranches,
+        FoldShapes,
+        FoldConstants,
+        Identities,
+        Movement,
+        Algebra,
+        Duplicates,
+        DeadCode,
+    ),
+    "fuse": (FoldAffine, FuseActivations, FuseNormalizations, FuseAttention, GemmForms),
+    "lower": (RuntimeForms,),
 }
 """Names that stand for several passes at their default options."""
 

@@ -55,25 +55,38 @@ class Context:
 
     `target` is None when a pass is run on its own. `calibration` is a sequence of samples (each a
     mapping from input name to array). `dims` gives symbolic dimensions the sizes at which costs
-    are counted. `progress` is called with (done, total, what).
+    are counted. `progress` is called with (done, total, what). `opsets` are the model's opset
+    versions by domain, set by whatever applies rules.
     """
 
     target: Target | None = None
     calibration: Sequence[Feed] | None = None
     dims: Mapping[str, int] = dataclasses.field(default_factory=dict)
     progress: Callable[[int, int, str], None] = lambda done, total, what: None
+    opsets: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rewrite:
+    """One firing of a rewrite rule: which, at which node, and the user's source line if known."""
+
+    rule: str
+    node: str
+    source: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class PassResult:
     """The model after the pass (the same object when edited in place), and whether it changed.
 
-    `notes` are lines for the ledger: what was done, what was refused and why.
+    `notes` are lines for the ledger: what was done, what was refused and why. `rewrites` say which
+    rule fired where, in order.
     """
 
     model: ir.Model
     modified: bool
     notes: tuple[str, ...] = ()
+    rewrites: tuple[Rewrite, ...] = ()
 
 
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")

@@ -156,7 +156,16 @@ def _run_one(state: _Progress, item: Pass) -> LedgerRow:
             state.reference, note = after, ""
     state.before_names.append(str(item))
     return LedgerRow(
-        str(item), before, state.current, seconds, result.modified, 1, error, note, result.notes
+        str(item),
+        before,
+        state.current,
+        seconds,
+        result.modified,
+        1,
+        error,
+        note,
+        result.notes,
+        result.rewrites,
     )
 
 
@@ -222,6 +231,7 @@ def _merge(first: LedgerRow | None, row: LedgerRow) -> LedgerRow:
         error,
         row.error_note,
         tuple(dict.fromkeys((*first.notes, *row.notes))),
+        (*first.rewrites, *row.rewrites),
     )
 
 

@@ -15,6 +15,7 @@ from ..cost.text import format_bytes, format_count
 from ..ir.graph import graphs, node_count
 from ..ir.ops import graph_cost
 from ..ir.sizing import is_dynamic, static_twin
+from .base import Rewrite
 from .probe import NumericError
 
 
@@ -56,7 +57,8 @@ def measure(model: ir.Model, dims: Mapping[str, int] | None = None) -> Measure:
 @dataclasses.dataclass(frozen=True)
 class LedgerRow:
     """One pass. `error` is against the model before the pass; None when it was not checked, and
-    `error_note` then says why. `runs` counts the rounds of a fixpoint group."""
+    `error_note` then says why. `runs` counts the rounds of a fixpoint group. `rewrites` say which
+    rule fired where."""
 
     name: str
     before: Measure
@@ -67,6 +69,7 @@ class LedgerRow:
     error: NumericError | None = None
     error_note: str = ""
     notes: tuple[str, ...] = ()
+    rewrites: tuple[Rewrite, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for `--json` and the manifest. Time is left out: it never repeats."""
@@ -80,6 +83,7 @@ class LedgerRow:
             "sqnr_db": None if self.error is None else _finite(self.error.sqnr_db),
             "error_note": self.error_note,
             "notes": list(self.notes),
+            "rewrites": [[item.rule, item.node, item.source] for item in self.rewrites],
         }
 
 

@@ -27,9 +27,9 @@ import onnx_ir as ir
 
 from ..errors import EdgepassError, PassFailedError
 from ..ir.edit import Builder, Editor
-from ..ir.graph import all_nodes, describe_node, graph_tree, source_line
+from ..ir.graph import CONTRIB_DOMAIN, all_nodes, describe_node, graph_tree, source_line
 from ..ir.match import Match, Mismatch, OpPattern, match
-from .base import Context, Pass, PassResult, Stage
+from .base import Context, Pass, PassResult, Rewrite, Stage
 
 _FAN_OUT = 4
 """Users of a changed value that are looked at again. A value with more users can't be private to
@@ -79,9 +79,10 @@ class RuleGroup(Pass):
 
 def run_rules(model: ir.Model, rules: Sequence[RewriteRule], context: Context) -> PassResult:
     """Apply rules until none matches; the notes say how often each fired."""
-    counts = apply_rules(model, rules, context)
+    rewrites = apply_rules(model, rules, context)
+    counts = collections.Counter(item.rule for item in rewrites)
     notes = tuple(f"{name} x{count}" for name, count in sorted(counts.items()))
-    return PassResult(model, bool(counts), notes)
+    return PassResult(model, bool(rewrites), notes, tuple(rewrites))
 
 
 class _Worklist:
@@ -91,6 +92,7 @@ class _Worklist:
         self._queue = collections.deque(nodes)
         self._waiting = {id(node) for node in self._queue}
         self._reach = reach
+        self.made: list[ir.Node] = []
 
     def __iter__(self) -> Iterator[ir.Node]:
         while self._queue:
@@ -105,6 +107,7 @@ class _Worklist:
             self._queue.append(node)
 
     def inserted(self, node: ir.Node) -> None:
+        self.made.append(node)
         self.changed(node)
 
     def erased(self, node: ir.Node) -> None:
@@ -122,10 +125,8 @@ class _Worklist:
             level = following
 
 
-def apply_rules(
-    model: ir.Model, rules: Sequence[RewriteRule], context: Context
-) -> collections.Counter[str]:
-    """Apply rules over the graph and its subgraphs with one worklist; how often each fired.
+def apply_rules(model: ir.Model, rules: Sequence[RewriteRule], context: Context) -> list[Rewrite]:
+    """Apply rules over the graph and its subgraphs with one worklist; which fired where.
 
     Functions of the model are left as they are: they can hold no initializers.
 
@@ -139,7 +140,8 @@ def apply_rules(
             depth = max(depth, _depth(pattern))
             for op_type in pattern.op_types:
                 index.setdefault(op_type, []).append((rule, pattern))
-    counts: collections.Counter[str] = collections.Counter()
+    context = dataclasses.replace(context, opsets=dict(model.opset_imports))
+    rewrites: list[Rewrite] = []
     candidates = [
         node for graph in graph_tree(model.graph) for node in graph if node.op_type in index
     ]
@@ -149,9 +151,12 @@ def apply_rules(
         for rule, pattern in index.get(node.op_type, ()):
             if node.graph is None:
                 break
+            name, source = node.name or node.outputs[0].name or "", source_line(node)
             if _try_rule(rule, pattern, node, editor, context):
-                counts[rule.name] += 1
-    return counts
+                rewrites.append(Rewrite(rule.name, name, source))
+    if any(node.domain == CONTRIB_DOMAIN for node in worklist.made):
+        model.opset_imports.setdefault(CONTRIB_DOMAIN, 1)
+    return rewrites
 
 
 def _try_rule(

@@ -80,6 +80,11 @@ def unsupported_nodes(model: ir.Model) -> list[tuple[ir.Node, str]]:
     return _refused(model, prepared=False)
 
 
+def refusal(node: ir.Node) -> str | None:
+    """Why TVM cannot import a node of the main graph, or None."""
+    return _refusal(node, False, False)
+
+
 def _refused(model: ir.Model, *, prepared: bool) -> list[tuple[ir.Node, str]]:
     found = []
     for graph in (model.graph, *(function.graph for function in model.functions.values())):

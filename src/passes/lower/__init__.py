@@ -1,0 +1,1 @@
+"""Passes of the last stage: the forms that a runtime executes."""
