@@ -30,6 +30,7 @@ def load_model(
     dynamic_shapes: Any = None,
     input_shapes: Sequence[str] | Mapping[str, str] | None = None,
     weights_required: bool = True,
+    map_weights: bool = False,
 ) -> ir.Model:
     """Read a model or architecture from any supported form into a graph the caller may change.
 
@@ -45,6 +46,8 @@ def load_model(
             such by parameter name; float32 if no dtype is given.
         weights_required: False makes missing weights `AbsentTensor` instead of an error, and
             builds named architectures without allocating any.
+        map_weights: leave an ONNX file's weights on disk until they are read; the file must stay
+            as it is for as long as the model is used.
 
     Raises:
         ModelFileError, UnsafePathError, InvalidGraphError, WeightsAbsentError: see `onnx`.
@@ -70,7 +73,7 @@ def load_model(
     )
     if isinstance(source, str | os.PathLike) and not named:
         _refuse_torch_arguments(for_torch)
-        return onnx_frontend.from_path(source, weights_required)
+        return onnx_frontend.from_path(source, weights_required, map_weights=map_weights)
     if not (named or callable(source) or _comes_from_torch(source)):
         raise UsageError(
             f"A {type(source).__module__}.{type(source).__qualname__} is not a model",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,26 +17,34 @@ import onnx_ir as ir
 
 from ..errors import EdgepassError, ModelFileError, UnsupportedOpError, WeightsAbsentError
 from ..ir.graph import AbsentTensor, absent_weights, graphs
+from ..ir.mapped import MappedTensor
 from .external_data import settle_external_data
 from .file_formats import other_format
+from .mapped_file import without_weights
 from .onnx_checks import check_model_proto, check_tensor_proto, has_no_data
 
 _PROTOBUF_LIMIT = 2**31 - 1
 _DENSE_LIMIT_BYTES = 1 << 30
 
 
-def from_path(path: str | os.PathLike[str], weights_required: bool) -> ir.Model:
-    """A model file; weights beside it are mapped when first read.
+def from_path(
+    path: str | os.PathLike[str], weights_required: bool, *, map_weights: bool = False
+) -> ir.Model:
+    """A model file; weights beside it are mapped when first read, and with `map_weights` also
+    those in it: the file must then stay as it is for as long as the model is used.
 
     Raises `ModelFileError` for what isn't an ONNX file, else as `from_proto`.
     """
     file = Path(path)
-    content = _read(file)
-    proto = _parse(content, repr(str(file)))
+    shown = repr(str(file))
+    _check_file(file, shown)
+    split = without_weights(file) if map_weights and file.stat().st_size else None
+    content, mapped = split if split is not None else (_read(file, shown), {})
+    proto = _parse(content, shown)
     del content  # a large file needn't be in memory twice
     # A symlinked model (a download cache) has its data beside the link or beside the real file.
     folders = [file.parent, Path(os.path.realpath(file)).parent]
-    return _from_own_proto(proto, folders, weights_required)
+    return _from_own_proto(proto, folders, weights_required, mapped)
 
 
 def from_bytes(content: bytes, weights_required: bool) -> ir.Model:
@@ -92,8 +101,8 @@ def finish(model: ir.Model, weights_required: bool) -> ir.Model:
 # --- reading ---------------------------------------------------------------------------------
 
 
-def _read(file: Path) -> bytes:
-    shown = repr(str(file))
+def _check_file(file: Path, shown: str) -> None:
+    """Whether it can be an ONNX file, by its first bytes and its size."""
     if file.is_dir():
         found = sorted(p.name for p in file.glob("*.onnx"))
         hint = f": there is {', '.join(found[:3])} in it" if found else ""
@@ -112,12 +121,19 @@ def _read(file: Path) -> bytes:
                     why="an ONNX file has at most 2 GB; larger weights lie in a file beside it",
                     fix="save the model with external data, and pass the .onnx file",
                 )
-            stream.seek(0)
-            return stream.read()
     except FileNotFoundError as error:
         raise ModelFileError(
             f"There is no file {shown}", where=f"looked in {os.getcwd()!r}", fix="check the path"
         ) from error
+    except OSError as error:
+        raise ModelFileError(
+            f"{shown} can't be read", why=error.strerror or str(error), fix="check the file"
+        ) from error
+
+
+def _read(file: Path, shown: str) -> bytes:
+    try:
+        return file.read_bytes()
     except OSError as error:
         raise ModelFileError(
             f"{shown} can't be read", why=error.strerror or str(error), fix="check the file"
@@ -148,7 +164,10 @@ def _parse(content: bytes, shown: str) -> onnx.ModelProto:
 
 
 def _from_own_proto(
-    proto: onnx.ModelProto, folders: list[Path] | None, weights_required: bool
+    proto: onnx.ModelProto,
+    folders: list[Path] | None,
+    weights_required: bool,
+    mapped: Mapping[str, MappedTensor] | None = None,
 ) -> ir.Model:
     needs_sort = check_model_proto(proto)
     proto = _with_dense_initializers(proto)
@@ -158,6 +177,8 @@ def _from_own_proto(
         raise
     except Exception as error:
         raise _not_representable(error) from error
+    for name, tensor in (mapped or {}).items():
+        model.graph.initializers[name].const_value = tensor
     _mark_stripped(model)
     if needs_sort:
         for graph in (model.graph, *(f.graph for f in model.functions.values())):
@@ -258,6 +279,8 @@ def _own(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
     if isinstance(tensor, ir.ExternalTensor):
         tensor.name = name  # `settle_external_data` made it
         return tensor
+    if isinstance(tensor, MappedTensor):
+        return tensor.renamed(name)
     if isinstance(tensor, ir.StringTensor):
         return ir.StringTensor(tensor.raw, shape=tensor.shape, name=name)
     if isinstance(tensor, ir.Tensor) and isinstance(tensor.raw, np.ndarray):

@@ -9,20 +9,26 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
 from ..errors import LoweringError, WeightsAbsentError
-from ..ir.graph import absent_weights, graphs
+from ..ir import wire_format as wire
+from ..ir.graph import absent_weights, graphs, is_absent
+from ..ir.mapped import MappedTensor
 
 INLINE_LIMIT = 1_500_000_000
 """Bytes of weights up to which a model is one file; protobuf's own limit is 2^31 - 1."""
 EXTERNAL_MINIMUM = 1024
 """Smaller tensors stay inline: shapes and scales are wanted by shape inference."""
 _ALIGNMENT = 4096
+_STREAMED_MINIMUM = 65536
+"""Smaller weights are copied into the message: fewer pieces to write."""
 _PRIVATE_METADATA = "pkg.torch."
 
 
@@ -78,7 +84,12 @@ def write_onnx(
     if external_data is None:
         external_data = weight_bytes(model) > inline_limit
     if not external_data:
-        path.write_bytes(serialize(model))
+        with path.open("wb") as file:
+            for part in _pieces(model):
+                if isinstance(part, bytes):
+                    file.write(part)
+                else:
+                    _write_tensor(part, file)
         return [path]
     data = path.with_name(path.name + ".data")
     placed: dict[str, ir.ExternalTensor] = {}
@@ -105,6 +116,61 @@ def write_onnx(
     return [path, data]
 
 
+def _pieces(model: ir.Model) -> Iterator[bytes | ir.TensorProtocol]:
+    """What `serialize` gives, in pieces: big weights as themselves, so that none is copied."""
+    big = {
+        name: tensor
+        for name, value in model.graph.initializers.items()
+        if (tensor := value.const_value) is not None
+        and leaves_message(value)
+        and tensor.nbytes >= _STREAMED_MINIMUM
+        and not is_absent(tensor)
+    }
+    stand_ins = {
+        name: ir.ExternalTensor(
+            "-", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(list(tensor.shape.numpy())),
+            name=name,
+        )
+        for name, tensor in big.items()
+    }  # fmt: skip
+    content = serialize(model, external=stand_ins)
+    if not big:
+        yield content
+        return
+    graph = next(f for f in wire.fields(content, 0, len(content)) if f.number == wire.MODEL_GRAPH)
+    inside: list[bytes | ir.TensorProtocol] = []
+    copied = graph.start
+    for field in wire.fields(content, graph.start, graph.end):
+        if field.number != wire.GRAPH_INITIALIZER:
+            continue
+        proto = onnx.TensorProto.FromString(content[field.start : field.end])
+        if proto.name not in big:
+            continue
+        tensor = big[proto.name]
+        head, tail = _around_raw_data(proto)
+        head += wire.bytes_field(wire.TENSOR_RAW_DATA, tensor.nbytes)
+        length = len(head) + tensor.nbytes + len(tail)
+        inside.append(content[copied : field.tag])
+        inside.append(wire.bytes_field(wire.GRAPH_INITIALIZER, length) + head)
+        inside += [tensor, tail]
+        copied = field.end
+    inside.append(content[copied : graph.end])
+    size = sum(len(part) if isinstance(part, bytes) else part.nbytes for part in inside)
+    yield content[: graph.tag] + wire.bytes_field(wire.MODEL_GRAPH, size)
+    yield from inside
+    yield content[graph.end :]
+
+
+def _around_raw_data(proto: onnx.TensorProto) -> tuple[bytes, bytes]:
+    """A tensor's message before and after its raw data, of which it has none yet."""
+    proto.ClearField("external_data")
+    proto.ClearField("data_location")
+    proto.raw_data = b""
+    message = bytes(proto.SerializeToString(deterministic=True))
+    raw = next(f for f in wire.fields(message, 0, len(message)) if f.number == wire.TENSOR_RAW_DATA)
+    return message[: raw.tag], message[raw.end :]
+
+
 def leaves_message(value: ir.Value) -> bool:
     """Whether an initializer may be external: big, not text, and not also a graph input."""
     tensor = value.const_value
@@ -117,10 +183,20 @@ def leaves_message(value: ir.Value) -> bool:
 
 
 def _write_tensor(tensor: ir.TensorProtocol, file: object) -> None:
-    if isinstance(tensor, ir.Tensor | ir.ExternalTensor):
+    array = tensor.raw if isinstance(tensor, ir.Tensor) else None
+    if isinstance(array, np.ndarray) and _is_plain(array, tensor.dtype):
+        if isinstance(tensor, MappedTensor):
+            tensor.check_unchanged()
+        file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))  # type: ignore[attr-defined]
+    elif isinstance(tensor, ir.Tensor | ir.ExternalTensor):
         tensor.tofile(file)
     else:
         file.write(tensor.tobytes())  # type: ignore[attr-defined]
+
+
+def _is_plain(array: np.ndarray, dtype: ir.DataType) -> bool:
+    """Whether the array's bytes are the stored bytes."""
+    return sys.byteorder == "little" and array.dtype.kind in "biuf" and array.dtype == dtype.numpy()
 
 
 def _initializers(model: ir.Model) -> Iterator[ir.Value]:

@@ -6,6 +6,7 @@ words (`ort_errors`), the ONNX bytes themselves (`onnx_file`), checking inputs (
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 import weakref
@@ -17,6 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..errors import EdgepassError, LoweringError, ModelFileError, UsageError
+from ..ir.mapped import MappedTensor
 from .feed import TensorSpec, check_feed, input_specs, output_specs
 from .onnx_file import INLINE_LIMIT, leaves_message, serialize, weight_bytes, write_onnx
 from .ort_errors import translate
@@ -40,6 +42,8 @@ __all__ = [
 
 FORMATS = ("onnx", "ort")
 _CONFIG_PREFIXES = ("session.", "optimization.", "mlas.", "memory.", "ep.")
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+_NO_PREPACKING = {"session.disable_prepacking": "1"}
 _PORTABLE = ("NchwcTransformer", "NhwcTransformer")
 """Optimizers that bake the host's memory layout into a saved graph."""
 
@@ -50,8 +54,10 @@ class OrtRunner:
     `session_options` are ONNX Runtime's configuration entries (`session.qdqisint8allowed`: "1").
     `optimize=False` turns its graph optimizations off: the reference for numerics. `threads` is
     the intra-op pool. `save_optimized` writes the graph as ONNX Runtime rewrote it. Weights over
-    `inline_limit` bytes are handed over in memory without a copy. `inputs` and `outputs` say what
-    it takes and gives, `defaults` which inputs may be left out of a feed.
+    `inline_limit` bytes are handed over in memory without a copy; `share_weights` does so at any
+    size, maps what lies in files from there, and lets no kernel pack a copy of its own: slower runs
+    for less memory. `inputs` and `outputs` say what it takes and gives, `defaults` which inputs may
+    be left out of a feed.
 
     Raises:
         UnsupportedOpError: a node has no kernel or no schema.
@@ -69,21 +75,25 @@ class OrtRunner:
         threads: int = 1,
         save_optimized: Path | None = None,
         inline_limit: int = INLINE_LIMIT,
+        share_weights: bool = False,
     ) -> None:
         import onnxruntime as ort
 
-        options = _session_options(session_options or {}, threads)
+        entries = {**(session_options or {}), **(_NO_PREPACKING if share_weights else {})}
+        options = _session_options(entries, threads)
         level = ort.GraphOptimizationLevel
         options.graph_optimization_level = (
             level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
         )
+        if share_weights:  # an arena keeps what it once had
+            options.enable_cpu_mem_arena = options.enable_mem_pattern = False
         if save_optimized is not None:
             options.optimized_model_filepath = str(save_optimized)
         self._kept: list[Any] = []
         self._closer: weakref.finalize[Any, Any] | None = None
         source: bytes | str
         if isinstance(model, ir.Model):
-            source = self._load(model, options, save_optimized, inline_limit)
+            source = self._load(model, options, save_optimized, inline_limit, share_weights)
         elif isinstance(model, bytes):
             source = model
         else:
@@ -142,10 +152,15 @@ class OrtRunner:
         self.close()
 
     def _load(
-        self, model: ir.Model, options: Any, save_optimized: Path | None, inline_limit: int
+        self,
+        model: ir.Model,
+        options: Any,
+        save_optimized: Path | None,
+        inline_limit: int,
+        share_weights: bool,
     ) -> bytes | str:
         """Bytes to make the session from, or a path when even those are too many."""
-        if weight_bytes(model) <= inline_limit:
+        if weight_bytes(model) <= inline_limit and not share_weights:
             return serialize(model)
         if save_optimized is not None:
             key = "session.optimized_model_external_initializers_file_name"
@@ -161,20 +176,13 @@ class OrtRunner:
             path = Path(folder.name) / "model.onnx"
             write_onnx(model, path, external_data=True)
             return str(path)
-        placed = {
-            name: ir.ExternalTensor(
-                "in-memory",
-                0,
-                tensor.nbytes,
-                tensor.dtype,
-                shape=ir.Shape(list(tensor.shape.numpy())),
-                name=name,
-            )
-            for name, tensor in outside.items()
-            if tensor is not None
-        }
-        self._kept = [ort_value(t.numpy(), t.dtype) for t in outside.values() if t is not None]
-        options.add_external_initializers(list(placed), self._kept)
+        placed, folder_of_weights = _in_their_files(outside if share_weights else {})
+        if folder_of_weights is not None:
+            options.add_session_config_entry(_WEIGHTS_FOLDER, str(folder_of_weights))
+        rest = {n: t for n, t in outside.items() if t is not None and n not in placed}
+        placed |= {name: _external("in-memory", 0, tensor, name) for name, tensor in rest.items()}
+        self._kept = [ort_value(t.numpy(), t.dtype) for t in rest.values()]
+        options.add_external_initializers(list(rest), self._kept)
         return serialize(model, external=placed)
 
     def _run_values(self, feed: Mapping[str, Any], names: list[str]) -> dict[str, np.ndarray]:
@@ -191,6 +199,33 @@ class OrtRunner:
                 values[name] = ort_value(array, exotic)
         results = self._session.run_with_ort_values(names, values)
         return {name: to_numpy(value) for name, value in zip(names, results, strict=True)}
+
+
+def _in_their_files(
+    weights: Mapping[str, ir.TensorProtocol | None],
+) -> tuple[dict[str, ir.ExternalTensor], Path | None]:
+    """Weights that a session can map from where they lie, and the one folder that they lie in."""
+    placed: dict[str, ir.ExternalTensor] = {}
+    folder: Path | None = None
+    for name, tensor in weights.items():
+        if isinstance(tensor, MappedTensor):
+            tensor.check_unchanged()
+            path = tensor.path
+        elif isinstance(tensor, ir.ExternalTensor):
+            path = Path(os.path.realpath(tensor.path))
+        else:
+            continue
+        if folder is None or path.parent == folder:
+            folder = path.parent
+            placed[name] = _external(path.name, tensor.offset or 0, tensor, name)
+    return placed, folder
+
+
+def _external(
+    location: str, offset: int, tensor: ir.TensorProtocol, name: str
+) -> ir.ExternalTensor:
+    shape = ir.Shape(list(tensor.shape.numpy()))
+    return ir.ExternalTensor(location, offset, tensor.nbytes, tensor.dtype, shape=shape, name=name)
 
 
 def create_session(
