@@ -134,7 +134,7 @@ def _tool(name: str, target: str) -> Any:
         import edgepass
         import edgepass.api
 
-        return lambda a, b: edgepass.optimize(a, target).save_onnx(b)
+        return lambda a, b: edgepass.optimize(a, target, b)
     if name == "onnxslim":
         import onnxslim
 

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from .ir.match import const as const
     from .ir.match import op as op
     from .ir.match import var as var
+    from .optimizer import Optimized as Optimized
+    from .optimizer import optimize as optimize
     from .passes.base import Context as Context
     from .passes.base import Pass as Pass
     from .passes.base import PassResult as PassResult
@@ -55,6 +57,8 @@ _HOMES = {
     "bisect": ("api", "bisect"),
     "compile": ("api", "compile"),
     "estimate": ("api", "estimate"),
+    "Optimized": ("optimizer", "Optimized"),
+    "optimize": ("optimizer", "optimize"),
     "Artifact": ("artifact", "Artifact"),
     "load": ("artifact", "load"),
     "Compiled": ("compiled", "Compiled"),

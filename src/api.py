@@ -101,7 +101,7 @@ def compile(  # noqa: A001 - the name users look for
     graph, ledger = run_passes(graph, chosen, context, probe=probe)
     _judge(ledger, chosen, strict, notes, _lossless_bound(graph))
     placement = place(device, graph)
-    _require_placed(placement)
+    require_placed(placement)
     if strict:
         placement.require_fast()
     if recipe == "default" and device.scheme is not None:
@@ -114,7 +114,7 @@ def compile(  # noqa: A001 - the name users look for
         ledger=ledger,
         placement=placement,
         notes=notes,
-        session_options=_session_options(device, graph),
+        session_options=session_options(device, graph),
         cost=_static_only(report),
         dims=sizes,
         golden_input=sample.feed if sample.runs else None,
@@ -290,7 +290,8 @@ def _judge(
     notes.append(f"WARNING: {text}; `edgepass bisect` tells more")
 
 
-def _require_placed(placement: Placement) -> None:
+def require_placed(placement: Placement) -> None:
+    """Raises `UnsupportedOpError` where the target can't run a node at all."""
     lost = [row for row in placement.rows if row.where == "not at all"]
     if lost:
         raise UnsupportedOpError(
@@ -302,7 +303,7 @@ def _require_placed(placement: Placement) -> None:
         )
 
 
-def _session_options(target: Target, model: ir.Model) -> dict[str, str]:
+def session_options(target: Target, model: ir.Model) -> dict[str, str]:
     """The target's own, and those of its preferred scheme once the model has Q/DQ pairs."""
     options = dict(target.session_options)
     quantized = any(

@@ -65,6 +65,7 @@ RECIPES: dict[str, Recipe] = {
     for recipe in (
         Recipe("default", "", "lossless: cleanup, and fusion for the target"),
         Recipe("fp32", "", "the same as default"),
+        Recipe("optimize", "", "the same as default: what `edgepass optimize` runs"),
         Recipe("fp16", "fp16", "weights and arithmetic in half precision"),
         Recipe("bf16", "bf16", "weights and arithmetic in bfloat16"),
         Recipe("int8", "int8", "weights and activations in 8 bits; needs calibration samples"),

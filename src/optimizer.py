@@ -1,0 +1,282 @@
+"""The leanest equivalent of a model for a target, with a ledger and a check of equality.
+
+Here: `optimize` and what it returns. It is `compile` with the lossless recipe and without what takes
+time or memory beyond that: weights stay in the file until they are written, no artifact is
+made, and nothing is timed. Not here: the passes (`pipelines`), a whole artifact (`api.compile`).
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from .api import require_placed, session_options
+from .errors import EdgepassError, UsageError
+from .frontends import load_model, load_notes, to_supported_opset
+from .ir.graph import absent_weights, node_count
+from .passes.base import Context, Pass, Rewrite
+from .passes.driver import run_passes
+from .passes.ledger import Ledger
+from .passes.probe import NumericError, default_dims, numeric_error, sample_inputs
+from .pipelines import epilogue, parse_recipe
+from .targets.onnx_file import write_onnx
+from .targets.registry import get_target
+from .targets.support import place
+from .targets.target import Target
+
+TOLERANCE = 1e-5
+"""What counts as equal: the largest difference relative to the range of an output."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Equality:
+    """Whether the result computes what the source does, on generated inputs.
+
+    `error` is the worst over all inputs, source and result run without the runtime's own
+    optimizations. `reason` says why it was not checked, or on what it was.
+    """
+
+    error: NumericError | None
+    feeds: int
+    reason: str = ""
+
+    @property
+    def holds(self) -> bool | None:
+        """None where nothing was checked."""
+        return None if self.error is None else self.error.relative <= TOLERANCE
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for `--json`."""
+        error = None if self.error is None else self.error.relative
+        return {"holds": self.holds, "error": error, "feeds": self.feeds, "reason": self.reason}
+
+    def __str__(self) -> str:
+        if self.error is None:
+            return f"equality not checked: {self.reason}"
+        word = "equal" if self.holds else "NOT EQUAL"
+        return (
+            f"{word} to the source: {self.error.relative:.1e} of the output's range at most, over "
+            f"{self.feeds} generated input{'s' * (self.feeds != 1)}"
+        )
+
+
+@dataclasses.dataclass
+class Optimized:
+    """What `optimize` returns: the graph, the ledger with every rewrite, and the equality check."""
+
+    model: ir.Model
+    target: Target
+    nodes_before: int
+    ledger: Ledger
+    equality: Equality
+    notes: list[str]
+    files: list[Path] = dataclasses.field(default_factory=list)
+
+    @property
+    def nodes(self) -> int:
+        """Nodes of all graphs, Constant nodes not counted."""
+        return node_count(self.model)
+
+    @property
+    def rewrites(self) -> list[Rewrite]:
+        """Every firing of a rule, in order: rule, node, source line."""
+        return [item for row in self.ledger.rows for item in row.rewrites]
+
+    def save_onnx(self, path: str | Path) -> list[Path]:
+        """Write the model as `path`, with `path` + `.data` beside it when it is over 1.5 GB.
+
+        Raises:
+            UsageError: the path is a folder or in none.
+            ModelFileError: the source file changed since it was read.
+        """
+        return _write(self.model, Path(path))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for `--json`."""
+        return {
+            "target": self.target.name,
+            "nodes": [self.nodes_before, self.nodes],
+            "equality": self.equality.as_dict(),
+            "ledger": self.ledger.as_dict(),
+            "notes": self.notes,
+            "files": [str(file) for file in self.files],
+        }
+
+    def rules_table(self) -> Any:
+        """A `rich.table.Table`: each rule, how often it fired, and where first."""
+        from rich.table import Table
+
+        found: dict[str, list[Rewrite]] = collections.defaultdict(list)
+        for item in self.rewrites:
+            found[item.rule].append(item)
+        table = Table(title="Rules", title_justify="left", show_edge=False, pad_edge=False)
+        for heading in ("rule", "times", "first at", "source"):
+            table.add_column(heading, justify="right" if heading == "times" else "left")
+        for rule, items in sorted(found.items(), key=lambda pair: -len(pair[1])):
+            table.add_row(rule, str(len(items)), items[0].node, items[0].source)
+        return table
+
+    def __str__(self) -> str:
+        head = f"{self.nodes_before} > {self.nodes} nodes for {self.target.name}"
+        return "\n".join([head, str(self.ledger), str(self.equality), *self.notes])
+
+
+def optimize(
+    model: Any,
+    target: str | Target = "host",
+    output: str | Path | None = None,
+    *,
+    recipe: str = "optimize",
+    passes: Sequence[Pass] = (),
+    check: bool = True,
+    example_inputs: Any = None,
+    dynamic_shapes: Any = None,
+    input_shapes: Sequence[str] | Mapping[str, str] | None = None,
+    dims: Mapping[str, int] | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Optimized:
+    """Simplify and fuse a model for a target; results stay equal.
+
+    Args:
+        model, example_inputs, dynamic_shapes, input_shapes: as `compile` takes them. Of a file,
+            weights are read only when they are needed: leave it as it is until the result is saved.
+        target: a name (`edgepass targets` lists them), `host`, or a `Target`.
+        output: an `.onnx` path to write; the check then runs what was written.
+        recipe, passes: other passes than the lossless ones, and passes of your own.
+        check: compare with the source on generated inputs (ONNX Runtime, its optimizations off).
+            The source runs on a second thread while the passes do.
+        dims: sizes of symbolic dimensions for that check.
+        progress: called with (done, total, what).
+
+    Raises:
+        EdgepassError: its subclasses say what, where, why and what to do.
+    """
+    device = get_target(target)
+    place_to_write = None if output is None else _writable(Path(output), model)
+    graph = load_model(
+        model,
+        example_inputs=example_inputs,
+        dynamic_shapes=dynamic_shapes,
+        input_shapes=input_shapes,
+        weights_required=False,
+        map_weights=True,
+    )
+    notes = [*load_notes(graph), *to_supported_opset(graph)]
+    before = node_count(graph)
+    reference = _Reference(graph, dims, wanted=check)
+    tell = progress or (lambda done, total, what: None)
+    context = Context(device, None, default_dims(graph, dims), tell)
+    chosen = [*parse_recipe(recipe), *passes, *epilogue()]
+    graph, ledger = run_passes(graph, chosen, context)
+    require_placed(place(device, graph))
+    files = [] if place_to_write is None else _write(graph, place_to_write)
+    written = load_model(files[0], weights_required=False, map_weights=True) if files else graph
+    equality = reference.compare(written, session_options(device, graph))
+    return Optimized(graph, device, before, ledger, equality, notes, files)
+
+
+class _Reference:
+    """The source's results on generated inputs, computed on a thread of its own.
+
+    ONNX Runtime lets Python go on while it runs, so that on two cores this takes no time.
+    """
+
+    def __init__(self, model: ir.Model, dims: Mapping[str, int] | None, *, wanted: bool) -> None:
+        self._results: list[dict[str, np.ndarray]] = []
+        self._feeds: list[dict[str, np.ndarray]] = []
+        self._thread: threading.Thread | None = None
+        self.reason = "" if wanted else "it was not asked for"
+        if not wanted:
+            return
+        if missing := absent_weights(model):
+            self.reason = f"{len(missing)} weights have no data"
+            return
+        from .targets.onnxruntime import OrtRunner
+
+        try:
+            self._runner = OrtRunner(model, optimize=False, share_weights=True)
+        except EdgepassError as error:
+            self.reason = f"ONNX Runtime does not take the source: {error.diagnostic.what}"
+            return
+        self._feeds = _feeds(model, dims)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        with self._runner:
+            for feed in self._feeds:
+                try:
+                    self._results.append(self._runner.run(feed))
+                except EdgepassError as error:
+                    self.reason = f"the source does not run on random inputs: {error}"
+                    return
+
+    def compare(self, result: ir.Model, options: Mapping[str, str]) -> Equality:
+        """Wait for the source's results, and hold those of the optimized model against them."""
+        if self._thread is None:
+            return Equality(None, 0, self.reason)
+        self._thread.join()
+        if not self._results:
+            return Equality(None, 0, self.reason)
+        from .targets.onnxruntime import OrtRunner
+
+        errors = []
+        threads = os.cpu_count() or 1
+        with OrtRunner(
+            result, optimize=False, share_weights=True, threads=threads, session_options=options
+        ) as runner:
+            for feed, expected in zip(self._feeds, self._results, strict=False):
+                errors.append(numeric_error(expected, runner.run(feed)))
+        worst = max(errors, key=lambda error: error.relative)
+        return Equality(worst, len(errors))
+
+
+def _feeds(model: ir.Model, dims: Mapping[str, int] | None) -> list[dict[str, np.ndarray]]:
+    """Random inputs; where sizes are free, a second time at other sizes."""
+    first = sample_inputs(model, dims=dims)
+    free = {k: v for k, v in default_dims(model, dims).items() if k not in (dims or {})}
+    if not free:
+        return [first]
+    other = {name: size + 1 for name, size in free.items()}
+    return [first, sample_inputs(model, seed=1, dims={**other, **(dims or {})})]
+
+
+def _writable(path: Path, model: Any) -> Path:
+    if path.is_dir():
+        raise UsageError(f"{str(path)!r} is a folder", fix="give the name of an .onnx file")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(
+            f"There is no folder {str(path.parent)!r}", fix="make it, or give another path"
+        )
+    if isinstance(model, str | Path) and path.exists() and os.path.samefile(path, model):
+        raise UsageError(
+            f"{str(path)!r} is the model itself",
+            why="input files are never modified",
+            fix="give another name for the result",
+        )
+    return path
+
+
+def _write(model: ir.Model, path: Path) -> list[Path]:
+    """Write beside the place and move in, so that a killed run leaves an earlier file whole."""
+    _writable(path, None)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.absolute().parent) as folder:
+        written = write_onnx(model, Path(folder) / path.name)
+        moved = []
+        for file in reversed(written):  # the data before the model that refers to it
+            moved.append(path.with_name(file.name))
+            os.replace(file, moved[-1])
+        if len(written) == 1:
+            with contextlib.suppress(FileNotFoundError):
+                path.with_name(path.name + ".data").unlink()
+    return moved[::-1]
