@@ -67,10 +67,10 @@ def test_an_expansion_is_not_folded_unless_something_small_comes_of_it():
 
 
 def test_a_shared_weight_is_not_folded_twice():
-    rows = ", ".join(["0.5"] * 1024)
+    rows = ", ".join(["0.5"] * 2304)
     model = load(
         f"""
-        g (float[32,32] x) => (float[32,32] y) <float[32,32] w = {{{rows}}}>
+        g (float[48,48] x) => (float[48,48] y) <float[48,48] w = {{{rows}}}>
         {{ t = Transpose<perm = [1, 0]>(w)  a = MatMul(x, t)  y = MatMul(a, w) }}
         """
     )

@@ -217,14 +217,36 @@ class Builder:
     can be set with `_domain`, the number of outputs with `_outputs`.
     """
 
-    def __init__(self, editor: Editor, anchor: ir.Node) -> None:
+    def __init__(self, editor: Editor, anchor: ir.Node, *, after: bool = False) -> None:
         self._editor = editor
         self._anchor = anchor
+        self._after = after
 
     def initializer(self, name: str, data: np.ndarray | ir.TensorProtocol) -> ir.Value:
         """A new initializer beside the anchor."""
         base = f"{self._anchor.outputs[0].name}/{name}"
         return self._editor.initializer(self._anchor, base, data)
+
+    def where_made(self, value: ir.Value) -> Builder:
+        """A builder of the same edit that inserts right after what makes `value`, in order; at the
+        start of the anchor's graph where no node of that graph makes it."""
+        producer, graph = value.producer(), self._anchor.graph
+        if producer is not None and producer.graph is graph:
+            return Builder(self._editor, producer, after=True)
+        assert graph is not None
+        return Builder(self._editor, graph[0])
+
+    def replace(self, old: ir.Value, new: ir.Value) -> None:
+        """Make every use of `old` one of `new`, and erase its producer if nothing else needs it.
+
+        For a rewrite with more results than the root of its match has.
+        """
+        producer = old.producer()
+        self._editor.replace_value(old, new)
+        if producer is not None and not any(
+            v.uses() or v.is_graph_output() for v in producer.outputs
+        ):
+            self._editor.erase(producer)
 
     def node(
         self,
@@ -244,7 +266,10 @@ class Builder:
             ),
             num_outputs=_outputs,
         )
-        return self._editor.insert_before(self._anchor, node)
+        if not self._after:
+            return self._editor.insert_before(self._anchor, node)
+        self._anchor = self._editor.insert_after(self._anchor, node)
+        return node
 
     def _input(
         self, op_type: str, item: ir.Value | np.ndarray | np.generic | None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
 import numpy as np
@@ -29,6 +29,9 @@ from ..base import Context, Pass, PassResult, Stage
 _NOT_FOLDED = frozenset({"Constant", "DequantizeLinear"})
 """Constant has its own step; a DequantizeLinear of a weight *is* the quantized form."""
 
+_MAX_ALLOWANCE = 64 << 10
+_SCRATCH = 64 << 20
+_MAX_CHAIN = 64
 _FOREIGN = frozenset({ir.DataType.STRING, ir.DataType.UNDEFINED})
 
 
@@ -36,10 +39,12 @@ _FOREIGN = frozenset({ir.DataType.STRING, ir.DataType.UNDEFINED})
 class FoldConstants(Pass):
     """Computes, once and for all, what depends on constants only.
 
-    A result may be larger than the constants that it makes unnecessary by `max_growth` bytes at
-    most; an expansion (`Expand`, `ConstantOfShape`, `Tile`) over that stays an operator. `Constant`
-    nodes become initializers. Values are computed by ONNX Runtime, all in one session; of absent
-    weights only the shape and dtype are.
+    What is stored instead may be larger than the constants that it makes unnecessary, but not by
+    much: by `max_growth` bytes or a 256th of the stored weights, whichever is more, up to 64 KiB,
+    for each node that goes. That lets the zero bias of a convolution and a table of positions
+    become weights (a model of 1 MB pays 4 KiB for one node at most), and keeps a mask that one
+    operator expands to megabytes an operator. `Constant` nodes become initializers. Values are
+    computed by ONNX Runtime, all in one session; of absent weights only the shape and dtype are.
 
         y = Add(x, Mul(2, 3))   ->   y = Add(x, 6)
     """
@@ -48,7 +53,7 @@ class FoldConstants(Pass):
     idempotent: ClassVar[bool] = True
     fixpoint: ClassVar[bool] = True
 
-    max_growth: int = 1024
+    max_growth: int = 4096
 
     def __post_init__(self) -> None:
         if self.max_growth < 0:
@@ -64,75 +69,145 @@ class FoldConstants(Pass):
         opsets = {d: v for d, v in model.opset_imports.items() if d in ONNX_DOMAINS}
         for graph in graph_tree(model.graph):
             lifted += _lift_constants(graph, editor)
-            folded += self._fold(graph, opsets, editor)
+        allowance = max(self.max_growth, _share_of_weights(model))
+        for graph in graph_tree(model.graph):
+            folded += _fold(graph, opsets, editor, allowance)
         found = ((folded, "folded {} nodes"), (lifted, "{} constants to initializers"))
         notes = tuple(text.format(count) for count, text in found if count)
         return PassResult(model, bool(notes), notes)
 
-    def _fold(self, graph: ir.Graph, opsets: dict[str, int], editor: Editor) -> int:
-        candidates = self._candidates(graph)
-        if not candidates:
-            return 0
-        chosen = {id(node) for node in candidates}
-        frontier = [
-            value
-            for node in candidates
-            for value in node.outputs
-            if value.is_graph_output() or any(id(u) not in chosen for u in value.consumers())
-        ]
-        unknown = _depend_on_absent(candidates)
-        known = [node for node in candidates if id(node) not in unknown]
-        wanted = [v for v in frontier if id(v.producer()) not in unknown]
-        results: list[tuple[ir.Value, np.ndarray | ir.TensorProtocol]] = [
-            *(_evaluate(known, wanted, opsets) if wanted else ()),
-            *((v, _absent(v)) for v in frontier if id(v.producer()) in unknown),
-        ]
-        for value, data in results:
-            editor.replace_value(value, add_initializer(graph, f"{value.name}/folded", data))
-        folded = 0
-        for node in reversed(candidates):
-            if not any(v.uses() or v.is_graph_output() for v in node.outputs):
-                editor.erase(node)
-                folded += 1
-        return folded
 
-    def _candidates(self, graph: ir.Graph) -> list[ir.Node]:
-        """Nodes to fold, in graph order.
+def _share_of_weights(model: ir.Model) -> int:
+    """A 256th of the stored bytes, up to 64 KiB, rounded down to a power of two: so that what
+    folding itself stores does not raise it, and a second run finds nothing more."""
+    stored = sum(
+        tensor.nbytes
+        for graph in graph_tree(model.graph)
+        for value in graph.initializers.values()
+        if (tensor := value.const_value) is not None
+    )
+    share = min(stored >> 8, _MAX_ALLOWANCE)
+    return 1 << (share.bit_length() - 1) if share else 0
 
-        `gain` is, for each constant value, the bytes of stored constants that only it needs. A
-        node is folded when its own results are small enough, or when all of their users are
-        folded (an expansion on the way to something small), up to 64 MB of scratch.
-        """
-        gain: dict[int, int] = {}
-        order: list[ir.Node] = []
-        for node in graph:
-            if not _foldable(node):
+
+def _fold(graph: ir.Graph, opsets: dict[str, int], editor: Editor, allowance: int) -> int:
+    candidates = _candidates(graph, allowance)
+    if not candidates:
+        return 0
+    chosen = {id(node) for node in candidates}
+    frontier = [
+        value
+        for node in candidates
+        for value in node.outputs
+        if value.is_graph_output() or any(id(u) not in chosen for u in value.consumers())
+    ]
+    unknown = _depend_on_absent(candidates)
+    known = [node for node in candidates if id(node) not in unknown]
+    wanted = [v for v in frontier if id(v.producer()) not in unknown]
+    results: list[tuple[ir.Value, np.ndarray | ir.TensorProtocol]] = [
+        *(_evaluate(known, wanted, opsets) if wanted else ()),
+        *((v, _absent(v)) for v in frontier if id(v.producer()) in unknown),
+    ]
+    for value, data in results:
+        editor.replace_value(value, add_initializer(graph, f"{value.name}/folded", data))
+    folded = 0
+    for node in reversed(candidates):
+        if not any(v.uses() or v.is_graph_output() for v in node.outputs):
+            editor.erase(node)
+            folded += 1
+    return folded
+
+
+def _candidates(graph: ir.Graph, allowance: int) -> list[ir.Node]:
+    """Nodes to fold, in graph order.
+
+    `gain` is, for each constant value, the bytes of stored constants that only it needs. A
+    node is folded when its own results are small enough, or when all of their users are
+    folded (an expansion on the way to something small), up to 64 MB of scratch. Then what was
+    turned down is looked at again together with what leads to it: a chain of nodes may store
+    more than one node may.
+    """
+    gain: dict[int, int] = {}
+    order: list[ir.Node] = []
+    for node in graph:
+        if not _foldable(node):
+            continue
+        gained = 0
+        for value in node.inputs:
+            if value is None:
                 continue
-            gained = 0
-            for value in node.inputs:
-                if value is None:
-                    continue
-                producer = value.producer()
-                if producer is not None and id(producer) in gain:
-                    gained += gain[id(producer)] if len(value.uses()) == 1 else 0
-                elif (tensor := _readable(value)) is None:
-                    break
-                elif len(value.uses()) == 1:
-                    gained += tensor.nbytes
-            else:
-                gain[id(node)] = gained
-                order.append(node)
-        kept: set[int] = set()
-        for node in reversed(order):
-            size = _result_bytes(node)
-            inner = all(
-                v.uses() and all(id(u) in kept for u in v.consumers()) and not v.is_graph_output()
-                for v in node.outputs
-            )
-            limit = (64 << 20) if inner else gain[id(node)] + self.max_growth
-            if size is not None and size <= limit:
-                kept.add(id(node))
-        return _closed([node for node in order if id(node) in kept])
+            producer = value.producer()
+            if producer is not None and id(producer) in gain:
+                gained += gain[id(producer)] if len(value.uses()) == 1 else 0
+            elif (tensor := _readable(value)) is None:
+                break
+            elif len(value.uses()) == 1:
+                gained += tensor.nbytes
+        else:
+            gain[id(node)] = gained
+            order.append(node)
+    kept: set[int] = set()
+    for node in reversed(order):
+        size = _result_bytes(node)
+        inner = all(
+            v.uses() and all(id(u) in kept for u in v.consumers()) and not v.is_graph_output()
+            for v in node.outputs
+        )
+        limit = _SCRATCH if inner else gain[id(node)] + allowance
+        if size is not None and size <= limit:
+            kept.add(id(node))
+    kept = {id(node) for node in _closed([node for node in order if id(node) in kept])}
+    for node in order:
+        if id(node) not in kept:
+            chain = _chain(node, gain, kept)
+            if chain and _growth(chain, kept) <= allowance * len(chain):
+                kept.update(id(item) for item in chain)
+    return [node for node in order if id(node) in kept]
+
+
+def _chain(node: ir.Node, foldable: Mapping[int, int], kept: set[int]) -> list[ir.Node]:
+    """A node and all that must be folded before it, if that is at most 64 nodes; else nothing."""
+    chain = {id(node): node}
+    waiting = [node]
+    while waiting:
+        for value in waiting.pop().inputs:
+            producer = None if value is None else value.producer()
+            if producer is None or id(producer) in chain or id(producer) in kept:
+                continue
+            if id(producer) not in foldable:
+                continue  # a Constant node
+            chain[id(producer)] = producer
+            waiting.append(producer)
+            if len(chain) > _MAX_CHAIN:
+                return []
+    if any(_result_bytes(item) is None for item in chain.values()):
+        return []
+    return list(chain.values())
+
+
+def _growth(chain: list[ir.Node], kept: set[int]) -> int:
+    """The bytes stored if a chain is folded on top of what is: its results that something else
+    uses, without the constants that nothing else uses."""
+    inside = kept | {id(node) for node in chain}
+
+    def needed(value: ir.Value) -> bool:
+        return value.is_graph_output() or any(id(u) not in inside for u in value.consumers())
+
+    growth = 0
+    seen: set[int] = set()
+    for node in chain:
+        size = _result_bytes(node) or 0
+        if any(needed(value) for value in node.outputs):
+            growth += size
+        elif size > _SCRATCH:
+            return 1 << 62
+        for value in node.inputs:
+            if value is None or id(value) in seen or needed(value):
+                continue
+            seen.add(id(value))
+            if (tensor := _readable(value)) is not None:
+                growth -= tensor.nbytes
+    return growth
 
 
 def _readable(value: ir.Value) -> ir.TensorProtocol | None:

@@ -18,30 +18,27 @@ from ...ir.graph import (
 from ...ir.match import Match, OpPattern, const, op, var
 from ..base import Context, Stage
 from ..rules import RewriteRule, RuleGroup
+from .conditions import CleanupRule, must_stay, same_shape
+from .reshapes import MergeReshapes
+from .transposes import MergeTransposes
 
 
 @dataclasses.dataclass(frozen=True)
-class _Cleanup(RewriteRule):
-    stage: ClassVar[Stage] = Stage.CLEANUP
-    fixpoint: ClassVar[bool] = True
-
-
-@dataclasses.dataclass(frozen=True)
-class RemoveIdentity(_Cleanup):
+class RemoveIdentity(CleanupRule):
     """Identity(x) -> x, where x may carry the result's name."""
 
     def pattern(self) -> OpPattern:
         return op.Identity(var("x"))
 
     def check(self, m: Match, context: Context) -> str | None:
-        return _must_stay(m.root.outputs[0], m["x"])
+        return must_stay(m.root.outputs[0], m["x"])
 
     def rewrite(self, m: Match, build: Builder) -> ir.Value:
         return m["x"]
 
 
 @dataclasses.dataclass(frozen=True)
-class RemoveDropout(_Cleanup):
+class RemoveDropout(CleanupRule):
     """Dropout(x), not in training -> x."""
 
     def pattern(self) -> OpPattern:
@@ -54,14 +51,14 @@ class RemoveDropout(_Cleanup):
         training = node.inputs[2] if len(node.inputs) > 2 else None
         if training is not None and constant_scalar(training) is not False:
             return "training_mode is not the constant false"
-        return _must_stay(node.outputs[0], m["x"])
+        return must_stay(node.outputs[0], m["x"])
 
     def rewrite(self, m: Match, build: Builder) -> tuple[ir.Value | None, ...]:
         return (m["x"],)
 
 
 @dataclasses.dataclass(frozen=True)
-class RemoveCast(_Cleanup):
+class RemoveCast(CleanupRule):
     """Cast(x, to=dtype of x) -> x; CastLike likewise."""
 
     def pattern(self) -> OpPattern:
@@ -71,14 +68,14 @@ class RemoveCast(_Cleanup):
         source, result = m["x"].dtype, m.root.outputs[0].dtype
         if source is None or source != result:
             return f"it converts {source} to {result}"
-        return _must_stay(m.root.outputs[0], m["x"])
+        return must_stay(m.root.outputs[0], m["x"])
 
     def rewrite(self, m: Match, build: Builder) -> ir.Value:
         return m["x"]
 
 
 @dataclasses.dataclass(frozen=True)
-class CastLikeToCast(_Cleanup):
+class CastLikeToCast(CleanupRule):
     """CastLike(x, y) -> Cast(x, to=dtype of y); the attributes mean the same in both."""
 
     def pattern(self) -> OpPattern:
@@ -100,7 +97,7 @@ _NEUTRAL = {"Add": 0.0, "Sub": 0.0, "Mul": 1.0, "Div": 1.0, "Pow": 1.0}
 
 
 @dataclasses.dataclass(frozen=True)
-class RemoveNeutral(_Cleanup):
+class RemoveNeutral(CleanupRule):
     """x + 0, x - 0, x * 1, x / 1, x ** 1 -> x, where the constant does not broadcast x."""
 
     def pattern(self) -> tuple[OpPattern, ...]:
@@ -116,20 +113,20 @@ class RemoveNeutral(_Cleanup):
             return f"the constant is not {neutral:g} everywhere"
         if m["x"].dtype != m.root.outputs[0].dtype:
             return "it converts the dtype"
-        if array.size != 1 and not _same_shape(m["x"], m.root.outputs[0]):
+        if array.size != 1 and not same_shape(m["x"], m.root.outputs[0]):
             return "it broadcasts x, or shapes are not known"
         if array.size == 1 and array.ndim > 0:
             dims = dims_of(m["x"])
             if dims is None or len(dims) < array.ndim:
                 return "it raises the rank of x"
-        return _must_stay(m.root.outputs[0], m["x"])
+        return must_stay(m.root.outputs[0], m["x"])
 
     def rewrite(self, m: Match, build: Builder) -> ir.Value:
         return m["x"]
 
 
 @dataclasses.dataclass(frozen=True)
-class RemoveReshape(_Cleanup):
+class RemoveReshape(CleanupRule):
     """Reshape, Flatten, Squeeze, Unsqueeze, Expand, Tile, Slice or Pad to the same shape -> x."""
 
     def pattern(self) -> OpPattern:
@@ -137,18 +134,18 @@ class RemoveReshape(_Cleanup):
         return op.one_of(ops, var("x"), _rest=True)
 
     def check(self, m: Match, context: Context) -> str | None:
-        if not _same_shape(m["x"], m.root.outputs[0]):
+        if not same_shape(m["x"], m.root.outputs[0]):
             return "the shape changes, or is not known"
         if m.root.op_type == "Slice" and not _forward(m.root):
             return "it may reverse an axis"
-        return _must_stay(m.root.outputs[0], m["x"])
+        return must_stay(m.root.outputs[0], m["x"])
 
     def rewrite(self, m: Match, build: Builder) -> ir.Value:
         return m["x"]
 
 
 @dataclasses.dataclass(frozen=True)
-class RemovePad(_Cleanup):
+class RemovePad(CleanupRule):
     """Pad(x, zeros) -> x."""
 
     def pattern(self) -> OpPattern:
@@ -157,28 +154,28 @@ class RemovePad(_Cleanup):
     def check(self, m: Match, context: Context) -> str | None:
         if np.any(m.array("pads")):
             return "it pads"
-        return _must_stay(m.root.outputs[0], m["x"])
+        return must_stay(m.root.outputs[0], m["x"])
 
     def rewrite(self, m: Match, build: Builder) -> ir.Value:
         return m["x"]
 
 
 @dataclasses.dataclass(frozen=True)
-class RemoveSingle(_Cleanup):
+class RemoveSingle(CleanupRule):
     """Concat, Sum, Max, Min, Mean of one tensor -> the tensor."""
 
     def pattern(self) -> OpPattern:
         return op.one_of(("Concat", "Sum", "Max", "Min", "Mean"), var("x"))
 
     def check(self, m: Match, context: Context) -> str | None:
-        return _must_stay(m.root.outputs[0], m["x"])
+        return must_stay(m.root.outputs[0], m["x"])
 
     def rewrite(self, m: Match, build: Builder) -> ir.Value:
         return m["x"]
 
 
 @dataclasses.dataclass(frozen=True)
-class RemoveTranspose(_Cleanup):
+class RemoveTranspose(CleanupRule):
     """Transpose(x, perm=identity) -> x."""
 
     def pattern(self) -> OpPattern:
@@ -188,67 +185,17 @@ class RemoveTranspose(_Cleanup):
         perm = attribute(m.root, "perm")
         if perm is None or list(perm) != list(range(len(perm))):
             return f"perm is {perm}"
-        return _must_stay(m.root.outputs[0], m["x"])
+        return must_stay(m.root.outputs[0], m["x"])
 
     def rewrite(self, m: Match, build: Builder) -> ir.Value:
         return m["x"]
-
-
-@dataclasses.dataclass(frozen=True)
-class MergeTransposes(_Cleanup):
-    """Transpose(Transpose(x, p), q) -> Transpose(x, p[q]), or x where they cancel."""
-
-    def pattern(self) -> OpPattern:
-        return op.Transpose(op.Transpose(var("x"), _name="first", _shared=True), _name="second")
-
-    def check(self, m: Match, context: Context) -> str | None:
-        perms = [attribute(m.node(name), "perm") for name in ("first", "second")]
-        if perms[0] is None or perms[1] is None:
-            return "a perm is not written out"
-        if [perms[0][i] for i in perms[1]] == list(range(len(perms[0]))):
-            return _must_stay(m.root.outputs[0], m["x"])
-        return None
-
-    def rewrite(self, m: Match, build: Builder) -> ir.Value:
-        first, second = (attribute(m.node(name), "perm") for name in ("first", "second"))
-        perm = [first[i] for i in second]
-        if perm == list(range(len(perm))):
-            return m["x"]
-        value: ir.Value = build.Transpose(m["x"], perm=perm)
-        return value
-
-
-@dataclasses.dataclass(frozen=True)
-class MergeReshapes(_Cleanup):
-    """Reshape(Reshape | Flatten | Squeeze | Unsqueeze (x), s) -> Reshape(x, s).
-
-    Only where s is constant and no 0 in it copies a dimension of the inner result.
-    """
-
-    def pattern(self) -> OpPattern:
-        inner = op.one_of(
-            ("Reshape", "Flatten", "Squeeze", "Unsqueeze"), var("x"), _rest=True, _name="inner",
-            _shared=True,
-        )  # fmt: skip
-        return op.Reshape(inner, const("shape"), _name="outer")
-
-    def check(self, m: Match, context: Context) -> str | None:
-        if np.any(m.array("shape") == 0):
-            return "a 0 in the target refers to the inner shape"
-        return None
-
-    def rewrite(self, m: Match, build: Builder) -> ir.Value:
-        value: ir.Value = build.Reshape(
-            m["x"], m["shape"], allowzero=attribute(m.root, "allowzero")
-        )
-        return value
 
 
 _IDEMPOTENT = ("Relu", "Abs", "Ceil", "Floor", "Round", "Sign")
 
 
 @dataclasses.dataclass(frozen=True)
-class MergeIdempotent(_Cleanup):
+class MergeIdempotent(CleanupRule):
     """Relu(Relu(x)) -> Relu(x); likewise Abs, Ceil, Floor, Round, Sign."""
 
     def pattern(self) -> tuple[OpPattern, ...]:
@@ -258,14 +205,14 @@ class MergeIdempotent(_Cleanup):
         )
 
     def check(self, m: Match, context: Context) -> str | None:
-        return _must_stay(m.root.outputs[0], m.node("inner").outputs[0])
+        return must_stay(m.root.outputs[0], m.node("inner").outputs[0])
 
     def rewrite(self, m: Match, build: Builder) -> ir.Value:
         return m.node("inner").outputs[0]
 
 
 @dataclasses.dataclass(frozen=True)
-class RemoveInversePair(_Cleanup):
+class RemoveInversePair(CleanupRule):
     """Neg(Neg(x)) -> x, Reciprocal excluded (it is not exact), Not(Not(x)) -> x."""
 
     def pattern(self) -> tuple[OpPattern, ...]:
@@ -275,7 +222,7 @@ class RemoveInversePair(_Cleanup):
         )
 
     def check(self, m: Match, context: Context) -> str | None:
-        return _must_stay(m.root.outputs[0], m["x"])
+        return must_stay(m.root.outputs[0], m["x"])
 
     def rewrite(self, m: Match, build: Builder) -> ir.Value:
         return m["x"]
@@ -304,30 +251,6 @@ class Identities(RuleGroup):
         MergeReshapes,
         MergeIdempotent,
         RemoveInversePair,
-    )
-
-
-def _must_stay(old: ir.Value, new: ir.Value) -> str | None:
-    """Why `old` can't simply become `new`: it would only be replaced by an Identity."""
-    if not old.is_graph_output():
-        return None
-    if new.producer() is None:
-        return "a graph output can't be an input or a weight itself"
-    if new.is_graph_output():
-        return "both are graph outputs"
-    if new.graph is not old.graph:
-        return "it returns a value of an outer graph"
-    return None
-
-
-def _same_shape(a: ir.Value, b: ir.Value) -> bool:
-    """Equal dimension for dimension; named symbols count as equal, unnamed ones never do."""
-    first, second = dims_of(a), dims_of(b)
-    if first is None or second is None or len(first) != len(second):
-        return False
-    return all(
-        x == y and (isinstance(x, int) or x.value is not None)
-        for x, y in zip(first, second, strict=True)
     )
 
 
