@@ -187,13 +187,13 @@ def _constant_node_tensor(node: ir.Node) -> ir.TensorProtocol | None:
             case "value":
                 return attribute.as_tensor()
             case "value_float":
-                return ir.tensor(np.array(attribute.as_float(), np.float32))
+                return ir.Tensor(np.array(attribute.as_float(), np.float32))
             case "value_int":
-                return ir.tensor(np.array(attribute.as_int(), np.int64))
+                return ir.Tensor(np.array(attribute.as_int(), np.int64))
             case "value_floats":
-                return ir.tensor(np.array(attribute.as_floats(), np.float32))
+                return ir.Tensor(np.array(attribute.as_floats(), np.float32))
             case "value_ints":
-                return ir.tensor(np.array(attribute.as_ints(), np.int64))
+                return ir.Tensor(np.array(attribute.as_ints(), np.int64))
             case "value_string":
                 return ir.StringTensor([attribute.as_string().encode()], shape=ir.Shape([]))
             case "value_strings":

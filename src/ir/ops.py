@@ -300,6 +300,26 @@ def graph_cost(
     )
 
 
+def graph_macs(
+    nodes: Iterable[ir.Node], bindings: Bindings | None = None, functions: Functions | None = None
+) -> int | None:
+    """`graph_cost(...).macs`, without counting the bytes that are moved."""
+    total = 0
+    for node in nodes:
+        row = facts(node)
+        if row.formula is None or node.op_identifier() in (functions or {}):
+            macs = node_cost(node, bindings, functions).macs
+        else:
+            try:
+                macs = row.formula(Operands(node, bindings)).macs
+            except (UnknownCostError, ValueError, IndexError, TypeError, ZeroDivisionError):
+                macs = None
+        if macs is None:
+            return None
+        total += macs
+    return total
+
+
 def _traffic(
     node: ir.Node, row: OpFacts, bindings: Bindings | None
 ) -> tuple[int | None, int | None, int, str]:

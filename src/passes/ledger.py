@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from ..cost.text import format_bytes, format_count
 from ..ir.graph import graphs, node_count
-from ..ir.ops import graph_cost
+from ..ir.ops import graph_macs
 from ..ir.sizing import is_dynamic, static_twin
 from .base import Rewrite
 from .probe import NumericError
@@ -47,10 +47,10 @@ def measure(model: ir.Model, dims: Mapping[str, int] | None = None) -> Measure:
                 for attribute in node.attributes.values():
                     if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
                         stored += attribute.as_tensor().nbytes
-    macs = graph_cost(model.graph, dims, model.functions).macs
+    macs = graph_macs(model.graph, dims, model.functions)
     if macs is None and dims and is_dynamic(model):
         twin = static_twin(model, dims)
-        macs = graph_cost(twin.graph, dims, twin.functions).macs
+        macs = graph_macs(twin.graph, dims, twin.functions)
     return Measure(node_count(model), stored, macs)
 
 
