@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from . import build, look
+from . import build, look, optimizing
 
 app = typer.Typer(
     name="edgepass",
@@ -40,6 +40,7 @@ def _options(
 
 for command in (
     build.compile_,
+    optimizing.optimize,
     build.estimate,
     build.run,
     look.targets,

@@ -5,6 +5,7 @@ Thin, like `build`: options in, one call, a table or JSON out.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -200,30 +201,35 @@ def explain(
     node: Annotated[
         str | None, typer.Option(help="A node's name, or an output of it; all where not given.")
     ] = None,
+    target: TargetName = "host",
     plugin: Plugins = None,
     json: Json = False,
 ) -> None:
     """Say why a rewrite rule matches at a node, or why not.
 
-    The rule sees what it would in a pipeline: shapes inferred, and for a rule after the cleanup
-    stage a graph that is cleaned up.
+    The rule sees what it would in a pipeline for the target: shapes inferred, and the graph as the
+    stages before the rule's own leave it.
     """
     from ..frontends import to_supported_opset
     from ..ir.graph import all_nodes
-    from ..passes.base import Stage
+    from ..passes.base import Context
     from ..passes.driver import run_passes
     from ..passes.registry import find_rule
     from ..passes.rules import explain as explain_one
     from ..passes.rules import explain_all
     from ..pipelines import parse_recipe
+    from ..targets.registry import get_target
 
     load_plugins(plugin)
     chosen = find_rule(rule)()
     graph = read_model(model)
     to_supported_opset(graph)
-    graph, _ = run_passes(graph, parse_recipe("cleanup,") if chosen.stage > Stage.CLEANUP else [])
+    context = Context(get_target(target))
+    before = [item for item in parse_recipe("optimize") if item.stage < chosen.stage]
+    graph, _ = run_passes(graph, before, context)
+    context = dataclasses.replace(context, opsets=dict(graph.opset_imports))
     if node is None:
-        found = explain_all(chosen, graph)
+        found = explain_all(chosen, graph, context)
     else:
         nodes = [
             n for n in all_nodes(graph) if n.name == node or any(o.name == node for o in n.outputs)
@@ -232,7 +238,7 @@ def explain(
             raise UsageError(
                 f"The model has no node {node!r}", fix="`edgepass show` lists nodes and outputs"
             )
-        found = [explain_one(chosen, n) for n in nodes]
+        found = [explain_one(chosen, n, context) for n in nodes]
     if json:
         console.print_json([item.as_dict() for item in found])
         return
