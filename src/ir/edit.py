@@ -214,10 +214,14 @@ class Builder:
 
     Inputs may be values, None (an omitted input) or numpy arrays (which become initializers).
     Returns the node's first output; `build.node(...)` returns the node. The domain of the last call
-    can be set with `_domain`, the number of outputs with `_outputs`.
+    can be set with `_domain`, the number of outputs with `_outputs`. `opset` is the model's version
+    of the standard operators, 0 where not known.
     """
 
-    def __init__(self, editor: Editor, anchor: ir.Node, *, after: bool = False) -> None:
+    def __init__(
+        self, editor: Editor, anchor: ir.Node, opset: int = 0, *, after: bool = False
+    ) -> None:
+        self.opset = opset
         self._editor = editor
         self._anchor = anchor
         self._after = after
@@ -232,9 +236,9 @@ class Builder:
         start of the anchor's graph where no node of that graph makes it."""
         producer, graph = value.producer(), self._anchor.graph
         if producer is not None and producer.graph is graph:
-            return Builder(self._editor, producer, after=True)
+            return Builder(self._editor, producer, self.opset, after=True)
         assert graph is not None
-        return Builder(self._editor, graph[0])
+        return Builder(self._editor, graph[0], self.opset)
 
     def replace(self, old: ir.Value, new: ir.Value) -> None:
         """Make every use of `old` one of `new`, and erase its producer if nothing else needs it.

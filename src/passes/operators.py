@@ -15,6 +15,9 @@ from ..ir.graph import CONTRIB_DOMAIN, ONNX_DOMAINS
 from ..targets.target import No, Runtime
 from .base import Context
 
+RUNTIME_OWN = frozenset({"SimplifiedLayerNormalization"})
+"""Operators that ONNX Runtime registers in the standard domain, and ONNX does not know."""
+
 
 def missing_operator(
     context: Context,
@@ -29,12 +32,13 @@ def missing_operator(
     A standard operator must be in the model's opset and, where a target is given, run there. One of
     `com.microsoft` needs a target whose runtime has a kernel for it.
     """
-    if domain in ONNX_DOMAINS and (reason := _not_in_opset(op_type, _opset(context))):
+    standard = domain in ONNX_DOMAINS and op_type not in RUNTIME_OWN
+    if standard and (reason := _not_in_opset(op_type, _opset(context))):
         return reason
     if context.target is None:
         return (
             None
-            if domain in ONNX_DOMAINS
+            if standard
             else f"{op_type} is no standard operator, and no target is given that runs it"
         )
     if context.target.ops is not None:

@@ -152,7 +152,7 @@ def apply_rules(model: ir.Model, rules: Sequence[RewriteRule], context: Context)
             if node.graph is None:
                 break
             name, source = node.name or node.outputs[0].name or "", source_line(node)
-            if _try_rule(rule, pattern, node, editor, context):
+            if _try_rule(rule, pattern, node, editor, context, model):
                 rewrites.append(Rewrite(rule.name, name, source))
     if any(node.domain == CONTRIB_DOMAIN for node in worklist.made):
         model.opset_imports.setdefault(CONTRIB_DOMAIN, 1)
@@ -160,7 +160,12 @@ def apply_rules(model: ir.Model, rules: Sequence[RewriteRule], context: Context)
 
 
 def _try_rule(
-    rule: RewriteRule, pattern: OpPattern, node: ir.Node, editor: Editor, context: Context
+    rule: RewriteRule,
+    pattern: OpPattern,
+    node: ir.Node,
+    editor: Editor,
+    context: Context,
+    model: ir.Model,
 ) -> bool:
     found = match(pattern, node)
     if isinstance(found, Mismatch):
@@ -168,7 +173,8 @@ def _try_rule(
     try:
         if not _replaceable(found, editor) or rule.check(found, context):
             return False
-        values = rule.rewrite(found, Builder(editor, node))
+        seen = None if context.certify is None else context.certify.before(found)
+        values = rule.rewrite(found, Builder(editor, node, context.opsets.get("", 0)))
     except EdgepassError:
         raise
     except Exception as error:
@@ -178,6 +184,8 @@ def _try_rule(
             fix="mend the rule's check or rewrite; leave the rule out to go on without it",
         ) from error
     replacements = values if isinstance(values, tuple) else (values,)
+    if context.certify is not None:
+        context.certify.after(rule.name, seen, replacements, model)
     for old, new in zip(node.outputs, replacements, strict=False):
         if new is not None:
             editor.replace_value(old, new)
@@ -235,10 +243,13 @@ def explain(rule: RewriteRule, node: ir.Node, context: Context | None = None) ->
     The reason is that of the alternative that came furthest.
     """
     best: Mismatch | None = None
+    context = context or Context()
+    if not context.opsets and node.graph is not None:
+        context = dataclasses.replace(context, opsets=dict(node.graph.opset_imports))
     for pattern in _patterns(rule):
         found = match(pattern, node)
         if isinstance(found, Match):
-            refusal = rule.check(found, context or Context())
+            refusal = rule.check(found, context)
             if refusal is None and not _replaceable(found, Editor()):
                 refusal = "the result is returned from another graph (an If or Loop body)"
             return Explanation(
