@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from ..base import Stage
 from ..rules import RewriteRule, RuleGroup
+from .conv import ConvActivation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,4 +15,4 @@ class RuntimeForms(RuleGroup):
     """Writes the runtime's own fused operators."""
 
     stage: ClassVar[Stage] = Stage.LOWER
-    rules: ClassVar[tuple[type[RewriteRule], ...]] = ()
+    rules: ClassVar[tuple[type[RewriteRule], ...]] = (ConvActivation,)
