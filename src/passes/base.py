@@ -21,11 +21,12 @@ import dataclasses
 import enum
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import onnx_ir as ir
 
+from ..ir.match import Match
 from ..ir.quant import QuantPlan
 from ..targets.target import Target
 
@@ -49,6 +50,18 @@ class Stage(enum.IntEnum):
     LOWER = 6
 
 
+class Witness(Protocol):
+    """Is shown what every firing of a rule replaces, and by what."""
+
+    def before(self, found: Match) -> Any:
+        """What is to be remembered of the graph before the rule rewrites it."""
+
+    def after(
+        self, rule: str, before: Any, replacements: Sequence[ir.Value | None], model: ir.Model
+    ) -> None:
+        """The rule has built the replacements of the root's outputs; no use of them is changed."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Context:
     """What a pass may know besides the model.
@@ -56,7 +69,8 @@ class Context:
     `target` is None when a pass is run on its own. `calibration` is a sequence of samples (each a
     mapping from input name to array). `dims` gives symbolic dimensions the sizes at which costs
     are counted. `progress` is called with (done, total, what). `opsets` are the model's opset
-    versions by domain, set by whatever applies rules.
+    versions by domain, set by whatever applies rules. `certify` is shown every firing of a rule,
+    before and after (`passes.equality.Certifier`).
     """
 
     target: Target | None = None
@@ -64,6 +78,7 @@ class Context:
     dims: Mapping[str, int] = dataclasses.field(default_factory=dict)
     progress: Callable[[int, int, str], None] = lambda done, total, what: None
     opsets: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    certify: Witness | None = None
 
 
 @dataclasses.dataclass(frozen=True)
