@@ -15,6 +15,7 @@ from .errors import PassOptionError
 from .passes.base import Pass
 from .passes.cleanup.algebra import Algebra
 from .passes.cleanup.branches import FoldBranches
+from .passes.cleanup.broadcasts import Broadcasts
 from .passes.cleanup.dead_code import DeadCode
 from .passes.cleanup.duplicates import Duplicates
 from .passes.cleanup.folding import FoldConstants
@@ -38,6 +39,7 @@ GROUPS: dict[str, tuple[type[Pass], ...]] = {
         InlineFunctions,
         FoldBranches,
         FoldShapes,
+        Broadcasts,
         FoldConstants,
         Identities,
         Movement,

@@ -8,13 +8,22 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from ...ir.edit import Builder
-from ...ir.graph import attribute, constant_scalar, constant_tensor, dims_of, is_onnx_op
+from ...ir.graph import (
+    Dim,
+    attribute,
+    constant_scalar,
+    constant_tensor,
+    dims_of,
+    is_onnx_op,
+    static_shape,
+)
 from ...ir.match import Match, OpPattern, const, op, var
 from ..base import Context
 from ..rules import RewriteRule
@@ -25,8 +34,12 @@ from .conditions import (
     ints,
     must_stay,
     only_used_once,
+    reshape_target,
+    reshaped,
+    same_dims,
     typed,
 )
+from .reshapes import RESHAPES
 
 _END = (1 << 63) - 1
 
@@ -325,68 +338,161 @@ class MergeConcats(CleanupRule):
 
 @dataclasses.dataclass(frozen=True)
 class SliceOneToGather(CleanupRule):
-    """Squeeze(Slice(x, [i], [i + 1], [a]), [a]) -> Gather(x, i, axis=a), for a scalar i.
+    """Squeeze(Slice(x, [i], [i + 1], [a]), [a]) -> Gather(x, i, axis=a), for a scalar i."""
 
-    The same for Squeeze | Reshape of each part of a Split into ones, where all parts are squeezed:
-    the Split goes.
+    def pattern(self) -> OpPattern:
+        part = op.Slice(var("x"), const("starts"), const("ends"), _rest=True, _name="slice")
+        return op.one_of(("Squeeze", "Reshape"), part, _rest=True)
+
+    def check(self, m: Match, context: Context) -> str | None:
+        cut = _single(m.node("slice"))
+        if cut is None or cut.end != cut.start + 1:
+            return "it takes more than one element, or the axis has no known size"
+        dims = dims_of(m["x"]) or ()
+        return None if _drops(m.root, dims, cut.axis) else "it drops other axes"
+
+    def rewrite(self, m: Match, build: Builder) -> ir.Value:
+        cut = _single(m.node("slice"))
+        assert cut is not None
+        value: ir.Value = build.Gather(m["x"], np.array(cut.start), axis=cut.axis)
+        return value
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitToGathers(CleanupRule):
+    """Squeeze of each part of a Split into ones -> Gather(x, i, axis), for a scalar i.
+
+    One part may be reshaped in another way, which is left: then there is one node as before.
     """
 
-    def pattern(self) -> tuple[OpPattern, ...]:
-        part = op.Slice(var("x"), const("starts"), const("ends"), _rest=True, _name="slice")
-        return op.one_of(("Squeeze", "Reshape"), part, _rest=True), op.Split(var("x"), _rest=True)
+    def pattern(self) -> OpPattern:
+        return op.Split(var("x"), _rest=True)
 
     def check(self, m: Match, context: Context) -> str | None:
         dims = dims_of(m["x"])
         if dims is None:
             return "the rank is not known"
-        if "slice" in m.nodes:
-            cut = _single(m.node("slice"))
-            if cut is None or cut.end != cut.start + 1:
-                return "it takes more than one element, or the axis has no known size"
-            return _refuse_squeeze(m.root, dims, cut.axis)
         axis = attribute(m.root, "axis", 0) % len(dims)
         if dims[axis] != len(m.root.outputs) or len(m.root.outputs) < 2:
             return "the parts are not one element each"
+        others = 0
         for value in m.root.outputs:
             if not value.uses() and not value.is_graph_output():
                 continue
             if not only_used_once(value):
                 return "a part has other users"
             (user,) = value.consumers()
-            if user.graph is not m.root.graph or not is_onnx_op(user, "Squeeze", "Reshape"):
+            if user.graph is not m.root.graph or not is_onnx_op(user, *RESHAPES):
                 return "a part is not squeezed"
-            if user.outputs[0].is_graph_output() or _refuse_squeeze(user, dims, axis):
-                return "a part is not squeezed, or is returned"
-        return None
+            result = dims_of(user.outputs[0])
+            if user.outputs[0].is_graph_output() or result is None:
+                return "a part is returned, or its shape is not known"
+            if not _drops(user, dims, axis):
+                others += 1
+                if reshape_target(result, _without(dims, axis)) is None:
+                    return "a shape depends on more than one symbol"
+        return "more than one part is not squeezed" if others > 1 else None
 
-    def rewrite(self, m: Match, build: Builder) -> ir.Value | tuple[ir.Value | None, ...]:
+    def rewrite(self, m: Match, build: Builder) -> tuple[ir.Value | None, ...]:
         dims = dims_of(m["x"])
         assert dims is not None
-        if "slice" in m.nodes:
-            cut = _single(m.node("slice"))
-            assert cut is not None
-            value: ir.Value = build.Gather(m["x"], np.array(cut.start), axis=cut.axis)
-            return value
         axis = attribute(m.root, "axis", 0) % len(dims)
         for i, part in enumerate(m.root.outputs):
-            for user in part.consumers():
+            for user in list(part.consumers()):
                 old = user.outputs[0]
+                drops = _drops(user, dims, axis)
                 value = build.Gather(m["x"], np.array(i), axis=axis)
-                build.replace(old, typed(value, old, dims_of(old)))
+                typed(value, m["x"], _without(dims, axis))
+                if not drops:
+                    made = reshaped(build, value, dims_of(old) or ())
+                    assert made is not None
+                    value = made
+                build.replace(old, value)
         return (None,) * len(m.root.outputs)
 
 
-def _refuse_squeeze(node: ir.Node, dims: Sequence[object], axis: int) -> str | None:
-    """Why the node does more than drop one axis (of size 1 by then)."""
+def _without(dims: Sequence[Dim], axis: int) -> tuple[Dim, ...]:
+    return (*dims[:axis], *dims[axis + 1 :])
+
+
+def _drops(node: ir.Node, dims: Sequence[Dim], axis: int) -> bool:
+    """Whether all that the node does to a tensor of these dimensions, but 1 at `axis`, is to drop
+    that axis."""
     if is_onnx_op(node, "Squeeze"):
-        if axes_of(node, len(dims)) == (axis,):
+        return axes_of(node, len(dims)) == (axis,)
+    return same_dims(dims_of(node.outputs[0]), _without(dims, axis))
+
+
+@dataclasses.dataclass(frozen=True)
+class GatherNDToGather(CleanupRule):
+    """GatherND(x, indices of shape [.., 1]) -> Gather(x, indices of shape [..]), constant."""
+
+    def pattern(self) -> OpPattern:
+        return op.GatherND(var("x"), const("i", data=False))
+
+    def check(self, m: Match, context: Context) -> str | None:
+        shape = static_shape(m["i"])
+        if attribute(m.root, "batch_dims", 0) or not shape or shape[-1] != 1:
+            return "it takes single elements, or batch by batch"
+        return None if _alike(m["i"], m.root) else "the indices have another use"
+
+    def rewrite(self, m: Match, build: Builder) -> ir.Value:
+        shape = (static_shape(m["i"]) or ())[:-1]
+        value: ir.Value = build.Gather(m["x"], _reshaped_indices(build, m["i"], shape), axis=0)
+        return value
+
+
+def _reshaped_indices(build: Builder, value: ir.Value, shape: tuple[int, ...]) -> ir.Value:
+    """A Reshape of a constant, which folding makes one, data or not."""
+    result: ir.Value = build.Reshape(value, np.array(shape, np.int64))
+    return typed(result, value, shape)
+
+
+def _alike(value: ir.Value, node: ir.Node) -> bool:
+    """Whether all users of a constant are of the kind of `node`, and will be rewritten like it:
+    else its bytes would be stored twice."""
+    return all(user.op_type == node.op_type and index == 1 for user, index in value.uses())
+
+
+@dataclasses.dataclass(frozen=True)
+class ReshapeOfGather(CleanupRule):
+    """Reshape(Gather(x, i)) of the axes of i alone, a constant -> Gather(x, Reshape(i))."""
+
+    def pattern(self) -> OpPattern:
+        gather = op.Gather(var("x"), const("i", data=False), _name="gather")
+        return op.one_of(RESHAPES, gather, _rest=True)
+
+    def check(self, m: Match, context: Context) -> str | None:
+        if self._shape(m) is None:
+            return "it reshapes more than the axes of the indices"
+        return None if _alike(m["i"], m.node("gather")) else "the indices have another use"
+
+    def rewrite(self, m: Match, build: Builder) -> ir.Value:
+        shape = self._shape(m)
+        assert shape is not None
+        axis = m.attribute("gather", "axis", 0)
+        value: ir.Value = build.Gather(m["x"], _reshaped_indices(build, m["i"], shape), axis=axis)
+        return value
+
+    @staticmethod
+    def _shape(m: Match) -> tuple[int, ...] | None:
+        """The shape of the indices that gives the result's shape."""
+        x, out = dims_of(m["x"]), dims_of(m.root.outputs[0])
+        if x is None or out is None:
             return None
-        return "it drops other axes"
-    out = dims_of(node.outputs[0])
-    left = [*dims[:axis], *dims[axis + 1 :]]
-    if out is None or sum(not isinstance(d, int) for d in left) > 1 or list(out) != left:
-        return "it reshapes otherwise"
-    return None
+        axis = m.attribute("gather", "axis", 0) % len(x)
+        before, after = x[:axis], x[axis + 1 :]
+        end = len(out) - len(after)
+        if end < axis or not same_dims(out[:axis], before) or not same_dims(out[end:], after):
+            return None
+        shape = out[axis:end]
+        if not all(isinstance(d, int) for d in shape):
+            return None
+        sizes = tuple(d for d in shape if isinstance(d, int))
+        indices = static_shape(m["i"])
+        if indices is None or math.prod(sizes) != math.prod(indices):
+            return None
+        return sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -551,7 +657,10 @@ SLICE_RULES: tuple[type[RewriteRule], ...] = (
     ConcatOfSplit,
     MergeConcats,
     SliceOneToGather,
+    SplitToGathers,
     SlicesToSplit,
     GatherAll,
+    GatherNDToGather,
+    ReshapeOfGather,
     ShapePart,
 )

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ...ir.edit import Builder
-from ...ir.graph import Dim, attribute, constant_array, dims_of, is_onnx_op
+from ...ir.graph import Dim, attribute, constant_array, constant_tensor, dims_of, is_onnx_op
 from ...ir.match import Match, OpPattern, const, op, var
 from ..base import Context
 from ..rules import RewriteRule
@@ -27,6 +27,7 @@ from .conditions import (
     perm_of,
     reshape_target,
     reshaped,
+    same_dims,
     typed,
 )
 from .reshapes import BINARY, REDUCTIONS, RESHAPES, UNARY
@@ -236,10 +237,73 @@ class ReduceTransposed(CleanupRule):
         return result
 
 
+@dataclasses.dataclass(frozen=True)
+class UnitAxesBeforeTranspose(CleanupRule):
+    """Reshape(Transpose(Reshape(x))), where the last reshape only adds or drops axes of size 1 ->
+    Transpose(Reshape(x)): the axes of size 1 are added before it, where they merge.
+
+    The same where a Gather with constant indices, or a constant, comes first.
+    """
+
+    def pattern(self) -> OpPattern:
+        return op.one_of(RESHAPES, op.Transpose(var("x"), _name="transpose"), _rest=True)
+
+    def check(self, m: Match, context: Context) -> str | None:
+        producer = m["x"].producer()
+        if producer is None or not only_used_once(m["x"]):
+            return "what is transposed has other users, or is not computed"
+        if not is_onnx_op(producer, *RESHAPES) and not (
+            is_onnx_op(producer, "Gather") and constant_tensor(producer.inputs[1]) is not None
+        ):
+            return "no reshape, and no Gather with constant indices, comes first"
+        plan = self._plan(m)
+        if plan is None:
+            return "the last reshape does more than add or drop axes of size 1"
+        dims, _ = plan
+        x = dims_of(m["x"])
+        if any(d == 1 for d in x or ()) and reshape_target(dims, x) is None:
+            return "the shape depends on more than one symbol"
+        return None
+
+    def rewrite(self, m: Match, build: Builder) -> ir.Value:
+        plan = self._plan(m)
+        assert plan is not None
+        dims, perm = plan
+        value = m["x"]
+        before = dims_of(value) or ()
+        added = len(dims) - len(before)
+        if all(d != 1 for d in before) and added > 0:
+            value = typed(build.Unsqueeze(value, np.arange(added, dtype=np.int64)), value, dims)
+        elif tuple(dims) != tuple(before):
+            made = reshaped(build, value, dims)
+            assert made is not None
+            value = made
+        if _identity(perm):
+            return value
+        result: ir.Value = build.Transpose(value, perm=perm)
+        return result
+
+    @staticmethod
+    def _plan(m: Match) -> tuple[list[Dim], list[int]] | None:
+        """The shape to transpose, with its axes of size 1 first, and the perm from there."""
+        x, out, perm = dims_of(m["x"]), dims_of(m.root.outputs[0]), perm_of(m.node("transpose"))
+        if x is None or out is None or perm is None:
+            return None
+        moved = [p for p in perm if x[p] != 1]
+        if not same_dims([x[p] for p in moved], [d for d in out if d != 1]):
+            return None
+        long = sorted(moved)
+        units = sum(d == 1 for d in out)
+        dims: list[Dim] = [*(1 for _ in range(units)), *(x[p] for p in long)]
+        ones, rest = iter(range(units)), iter(moved)
+        return dims, [next(ones) if d == 1 else units + long.index(next(rest)) for d in out]
+
+
 TRANSPOSE_RULES: tuple[type[RewriteRule], ...] = (
     MergeTransposes,
     TransposeIsReshape,
     TransposePastElementwise,
     TransposeBothOperands,
     ReduceTransposed,
+    UnitAxesBeforeTranspose,
 )
