@@ -27,6 +27,7 @@ from .frontends import load_model, load_notes, to_supported_opset
 from .ir.graph import absent_weights, node_count
 from .passes.base import Context, Pass, Rewrite
 from .passes.driver import run_passes
+from .passes.equality import Certificate, Certifier
 from .passes.ledger import Ledger
 from .passes.probe import NumericError, default_dims, numeric_error, sample_inputs
 from .pipelines import epilogue, parse_recipe
@@ -95,7 +96,10 @@ class Equality:
 
 @dataclasses.dataclass
 class Optimized:
-    """What `optimize` returns: the graph, the ledger with every rewrite, and the equality check."""
+    """What `optimize` returns: the graph, the ledger with every rewrite, and the equality check.
+
+    `certificates` has one for each rewrite, where they were asked for.
+    """
 
     model: ir.Model
     target: Target
@@ -104,6 +108,7 @@ class Optimized:
     equality: Equality
     notes: list[str]
     files: list[Path] = dataclasses.field(default_factory=list)
+    certificates: list[Certificate] | None = None
 
     @property
     def nodes(self) -> int:
@@ -133,6 +138,9 @@ class Optimized:
             "ledger": self.ledger.as_dict(),
             "notes": self.notes,
             "files": [str(file) for file in self.files],
+            "certificates": None
+            if self.certificates is None
+            else [item.as_dict() for item in self.certificates],
         }
 
     def rules_table(self) -> Any:
@@ -149,6 +157,27 @@ class Optimized:
             table.add_row(rule, str(len(items)), items[0].node, items[0].source)
         return table
 
+    def certificates_table(self) -> Any:
+        """A `rich.table.Table`: for each rule and method, what its certificates found."""
+        from rich.table import Table
+
+        found: dict[tuple[str, str], list[Certificate]] = collections.defaultdict(list)
+        for item in self.certificates or ():
+            found[item.rule, item.method].append(item)
+        table = Table(title="Certificates", title_justify="left", show_edge=False, pad_edge=False)
+        for heading in ("rule", "method", "equal", "differ", "unchecked", "cases", "worst error"):
+            table.add_column(heading, justify="left" if heading in ("rule", "method") else "right")
+        for (rule, method), items in sorted(found.items()):
+            verdicts = collections.Counter(item.holds for item in items)
+            table.add_row(
+                rule,
+                method,
+                *(str(verdicts[verdict]) for verdict in (True, False, None)),
+                str(sum(item.cases for item in items)),
+                f"{max(item.worst_error for item in items):.1e}",
+            )
+        return table
+
     def __str__(self) -> str:
         head = f"{self.nodes_before} > {self.nodes} nodes for {self.target.name}"
         return "\n".join([head, str(self.ledger), str(self.equality), *self.notes])
@@ -162,6 +191,8 @@ def optimize(
     recipe: str = "optimize",
     passes: Sequence[Pass] = (),
     check: bool = True,
+    certify: bool = False,
+    portable: bool = False,
     example_inputs: Any = None,
     dynamic_shapes: Any = None,
     input_shapes: Sequence[str] | Mapping[str, str] | None = None,
@@ -178,7 +209,9 @@ def optimize(
         recipe, passes: other passes than the lossless ones, and passes of your own.
         check: compare with the source on generated inputs (ONNX Runtime, its optimizations off).
             The source runs on a second thread while the passes do.
-        dims: sizes of symbolic dimensions for that check.
+        certify: also check every single rewrite: the region before against the region after.
+        portable: standard operators only, so that any runtime reads the result.
+        dims: sizes of symbolic dimensions for these checks.
         progress: called with (done, total, what).
 
     Raises:
@@ -202,14 +235,17 @@ def optimize(
     reference = _Reference(graph, source, dims, wanted=check)
     notes = [*load_notes(graph), *to_supported_opset(graph)]
     tell = progress or (lambda done, total, what: None)
-    context = Context(device, None, default_dims(graph, dims), tell)
+    certifier = Certifier(dims=dims) if certify else None
+    sizes = default_dims(graph, dims)
+    context = Context(device, None, sizes, tell, certify=certifier, portable=portable)
     chosen = [*parse_recipe(recipe), *passes, *epilogue()]
     graph, ledger = run_passes(graph, chosen, context)
     require_placed(place(device, graph))
     files = [] if place_to_write is None else _write(graph, place_to_write)
     written = load_model(files[0], weights_required=False, map_weights=True) if files else graph
     equality = reference.compare(written, session_options(device, graph))
-    return Optimized(graph, device, before, ledger, equality, notes, files)
+    certificates = None if certifier is None else certifier.certificates
+    return Optimized(graph, device, before, ledger, equality, notes, files, certificates)
 
 
 class _Reference:

@@ -228,3 +228,33 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert data["equality"]["holds"] is True
     assert data["nodes"][1] < data["nodes"][0]
     assert out.read_bytes() == (tmp_path / "m.opt.onnx").read_bytes()
+
+
+def test_every_rewrite_is_certified_on_request(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = mlp(tmp_path / "m.onnx")
+    found = edgepass.optimize(source, "x86_64", certify=True)
+    assert found.certificates is not None
+    assert len(found.certificates) == len(found.rewrites) > 1
+    assert all(item.holds for item in found.certificates)
+    wrong = edgepass.optimize(source, "x86_64", passes=[DropRelu()], certify=True)
+    assert [c.rule for c in wrong.certificates or () if c.holds is False] == ["drop_relu"]
+    assert edgepass.optimize(source, "x86_64").certificates is None
+    assert main(["optimize", str(source), "-t", "x86_64", "--certify"]) == 0
+    assert "Certificates" in capsys.readouterr().out
+
+
+def test_portable_keeps_to_standard_operators(tmp_path: Path) -> None:
+    model = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["" : 20]>
+        g (float[1, 3, 8, 8] x, float[4, 3, 3, 3] w) => (float[1, 4, 6, 6] y) {
+            a = Conv(x, w)
+            y = Relu(a)
+        }"""
+    )
+    own = edgepass.optimize(model, "x86_64")
+    assert [node.op_type for node in own.model.graph] == ["FusedConv"]
+    portable = edgepass.optimize(model, "x86_64", portable=True)
+    assert [node.op_type for node in portable.model.graph] == ["Conv", "Relu"]
+    assert set(portable.model.opset_imports) == {""}

@@ -28,6 +28,12 @@ def optimize(
     check: Annotated[
         bool, typer.Option("--check/--no-check", help="Hold the result against the source.")
     ] = True,
+    certify: Annotated[
+        bool, typer.Option("--certify", help="Check every single rewrite, before against after.")
+    ] = False,
+    portable: Annotated[
+        bool, typer.Option("--portable", help="Standard operators only: any runtime reads it.")
+    ] = False,
     rules: Annotated[
         bool, typer.Option("--rules", help="Also every rule that fired, how often and where.")
     ] = False,
@@ -51,6 +57,8 @@ def optimize(
             place,
             recipe=recipe,
             check=check,
+            certify=certify,
+            portable=portable,
             input_shapes=parse_input_shapes(input_shape or []),
             dims=parse_dims(dim or []) or None,
             progress=progress,
@@ -61,12 +69,17 @@ def optimize(
         console.show(found.ledger.table())
         if rules:
             console.show(found.rules_table())
+        if certify:
+            console.show(found.certificates_table())
         console.show(
             f"{found.nodes_before} > {found.nodes} nodes for {found.target.name}",
             str(found.equality),
             *(f"note: {note}" for note in found.notes),
             f"saved to {found.files[0]}",
         )
+    wrong = [item for item in found.certificates or () if item.holds is False]
+    if wrong and found.equality.holds is not False:
+        console.say(f"{len(wrong)} rewrites differ on some inputs; the first: {wrong[0]}")
     if found.equality.holds is False:
         raise NumericsError(
             "The optimized model does not compute what its source does",

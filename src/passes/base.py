@@ -70,7 +70,7 @@ class Context:
     mapping from input name to array). `dims` gives symbolic dimensions the sizes at which costs
     are counted. `progress` is called with (done, total, what). `opsets` are the model's opset
     versions by domain, set by whatever applies rules. `certify` is shown every firing of a rule,
-    before and after (`passes.equality.Certifier`).
+    before and after (`passes.equality.Certifier`). `portable` keeps rules to standard operators.
     """
 
     target: Target | None = None
@@ -79,6 +79,7 @@ class Context:
     progress: Callable[[int, int, str], None] = lambda done, total, what: None
     opsets: Mapping[str, int] = dataclasses.field(default_factory=dict)
     certify: Witness | None = None
+    portable: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,6 +35,8 @@ def missing_operator(
     standard = domain in ONNX_DOMAINS and op_type not in RUNTIME_OWN
     if standard and (reason := _not_in_opset(op_type, _opset(context))):
         return reason
+    if not standard and context.portable:
+        return f"{op_type} is no standard operator, and the result is to be portable"
     if context.target is None:
         return (
             None
