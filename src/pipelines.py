@@ -28,6 +28,7 @@ from .passes.fuse.activations import FuseActivations
 from .passes.fuse.affine import FoldAffine
 from .passes.fuse.attention import FuseAttention
 from .passes.fuse.gemm import GemmForms
+from .passes.fuse.linear import FoldLinear
 from .passes.fuse.normalizations import FuseNormalizations
 from .passes.legalize import Legalize
 from .passes.lower.runtime_forms import RuntimeForms
@@ -47,7 +48,7 @@ GROUPS: dict[str, tuple[type[Pass], ...]] = {
         Duplicates,
         DeadCode,
     ),
-    "fuse": (FoldAffine, FuseActivations, FuseNormalizations, FuseAttention, GemmForms),
+    "fuse": (FoldAffine, FuseActivations, FuseNormalizations, FuseAttention, FoldLinear, GemmForms),
     "lower": (RuntimeForms,),
 }
 """Names that stand for several passes at their default options."""

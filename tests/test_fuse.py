@@ -84,15 +84,17 @@ def test_batch_norm_is_refused_across_a_non_linearity_and_says_so():
     assert "found Relu" in explain(FoldBatchNorm(), model.graph[2]).reason
 
 
-def test_batch_norm_is_refused_where_the_weight_or_the_result_is_shared():
+def test_a_small_shared_weight_is_copied_and_a_large_one_is_not():
     nodes = [
         helper.make_node("Conv", ["x", "w"], ["h"]),
         helper.make_node("BatchNormalization", ["h", "s", "b", "m", "v"], ["n"]),
         helper.make_node("Conv", ["n", "w"], ["y"]),
     ]
     model = model_of(nodes, {"w": array(4, 4, 1, 1), **norm_weights(4)}, [1, 4, 8, 8])
-    assert len(fused(FoldAffine(), model)) == 3
-    assert "shared" in explain(FoldBatchNorm(), model.graph[1]).reason
+    assert fused(FoldAffine(), model) == ["Conv", "Conv"]
+    model = model_of(nodes, {"w": array(520, 520, 1, 1), **norm_weights(520)}, [1, 520, 2, 2])
+    reason = explain(FoldBatchNorm(), model.graph[1]).reason
+    assert "large and shared" in reason
 
 
 def test_scale_and_bias_fold_into_a_convolution():
