@@ -24,7 +24,7 @@ from .rules import RewriteRule
 
 PassClass = TypeVar("PassClass", bound=type[Pass])
 
-_FOLDERS = ("cleanup", "prune", "fuse", "quantize")
+_FOLDERS = ("cleanup", "prune", "fuse", "quantize", "lower")
 """Every module in these folders of this package is searched for passes."""
 
 _passes: dict[str, type[Pass]] = {}
