@@ -11,7 +11,7 @@ Here: the pattern language (`op`, `var`, `const`, `any_of`) and `match`, which r
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -156,13 +156,17 @@ class Mismatch:
 
 
 class Match:
-    """A successful match: values by variable name, nodes by pattern name."""
+    """A successful match: values by variable name, nodes by pattern name.
+
+    `findings` is for what a rule's check worked out and its rewrite needs again.
+    """
 
     def __init__(self, root: ir.Node) -> None:
         self.root = root
         self.values: dict[str, ir.Value] = {}
         self.nodes: dict[str, ir.Node] = {}
         self.inner: list[tuple[ir.Node, bool]] = [(root, True)]
+        self.findings: dict[str, Any] = {}
 
     def __getitem__(self, name: str) -> ir.Value:
         return self.values[name]
@@ -186,6 +190,15 @@ class Match:
         """The nodes of the match, root first."""
         return [node for node, _ in self.inner]
 
+    def include(self, before: Iterable[ir.Node] = (), after: Iterable[ir.Node] = ()) -> None:
+        """Count more nodes in, which a rule's check found by itself: they go where unused.
+
+        `before` lie between the root and what it reads, the nearest to the root first; `after` lie
+        on the way from the root, the nearest to it first.
+        """
+        self.inner += [(node, True) for node in before]
+        self.inner[:0] = [(node, True) for node in reversed(list(after))]
+
     def _snapshot(self) -> tuple[dict[str, ir.Value], dict[str, ir.Node], int]:
         return dict(self.values), dict(self.nodes), len(self.inner)
 
@@ -198,12 +211,24 @@ def match(pattern: OpPattern, node: ir.Node) -> Match | Mismatch:
     """Match a pattern with `node` as its root.
 
     A value inside the match that is used outside it is a mismatch (it could not be removed),
-    unless its pattern says `_shared=True`.
+    unless its pattern says `_shared=True`. The operands of a commutative root are then tried the
+    other way round.
     """
-    found = Match(node)
-    failure = _match_node(pattern, node, found, 0)
-    if failure is not None:
-        return failure
+    best: Mismatch | None = None
+    for order in _orders(pattern):
+        found = Match(node)
+        failure = _match_node(pattern, node, found, 0, (order,))
+        if failure is None:  # not `or`: a mismatch is false
+            failure = _used_outside(found)
+        if failure is None:
+            return found
+        if best is None or failure.depth > best.depth:
+            best = failure
+    assert best is not None
+    return best
+
+
+def _used_outside(found: Match) -> Mismatch | None:
     inside = {id(n) for n, _ in found.inner}
     for inner, exclusive in found.inner[1:]:
         if not exclusive:
@@ -223,10 +248,19 @@ def match(pattern: OpPattern, node: ir.Node) -> Match | Mismatch:
                         inner,
                         len(found.inner),
                     )
-    return found
+    return None
 
 
-def _match_node(pattern: OpPattern, node: ir.Node, found: Match, depth: int) -> Mismatch | None:
+_Order = tuple[ValuePattern | None, ...]
+
+
+def _match_node(
+    pattern: OpPattern,
+    node: ir.Node,
+    found: Match,
+    depth: int,
+    orders: Iterable[_Order] | None = None,
+) -> Mismatch | None:
     if node.op_type not in pattern.op_types or not _same_domain(node.domain, pattern.domain):
         return Mismatch(
             f"expected {' or '.join(pattern.op_types)}, found {node.op_type}",
@@ -246,7 +280,7 @@ def _match_node(pattern: OpPattern, node: ir.Node, found: Match, depth: int) -> 
         )
     best: Mismatch | None = None
     saved = found._snapshot()
-    for order in _orders(pattern):
+    for order in _orders(pattern) if orders is None else orders:
         found._restore(saved)
         saved = found._snapshot()
         failure = _match_inputs(order, node, found, depth + 1)
@@ -259,7 +293,7 @@ def _match_node(pattern: OpPattern, node: ir.Node, found: Match, depth: int) -> 
     return best
 
 
-def _orders(pattern: OpPattern) -> Iterator[tuple[ValuePattern | None, ...]]:
+def _orders(pattern: OpPattern) -> Iterator[_Order]:
     yield pattern.inputs
     if len(pattern.inputs) == 2 and all(t in COMMUTATIVE for t in pattern.op_types):
         yield pattern.inputs[::-1]
