@@ -98,7 +98,8 @@ class Equality:
 class Optimized:
     """What `optimize` returns: the graph, the ledger with every rewrite, and the equality check.
 
-    `certificates` has one for each rewrite, where they were asked for.
+    `model` is that of the file, where one was written. `certificates` has one for each rewrite,
+    where they were asked for.
     """
 
     model: ir.Model
@@ -232,18 +233,19 @@ def optimize(
 
     graph = source()
     before = node_count(graph)
-    reference = _Reference(graph, source, dims, wanted=check)
-    notes = [*load_notes(graph), *to_supported_opset(graph)]
+    sizes = default_dims(graph, dims)
     tell = progress or (lambda done, total, what: None)
     certifier = Certifier(dims=dims) if certify else None
-    sizes = default_dims(graph, dims)
     context = Context(device, None, sizes, tell, certify=certifier, portable=portable)
     chosen = [*parse_recipe(recipe), *passes, *epilogue()]
-    graph, ledger = run_passes(graph, chosen, context)
-    require_placed(place(device, graph))
-    files = [] if place_to_write is None else _write(graph, place_to_write)
-    written = load_model(files[0], weights_required=False, map_weights=True) if files else graph
-    equality = reference.compare(written, session_options(device, graph))
+    with _Reference(graph, source, dims, wanted=check) as reference:
+        notes = [*load_notes(graph), *to_supported_opset(graph)]
+        graph, ledger = run_passes(graph, chosen, context)
+        require_placed(place(device, graph))
+        files = [] if place_to_write is None else _write(graph, place_to_write)
+        if files:  # what was folded is in the file now, and need not be in memory too
+            graph = load_model(files[0], weights_required=False, map_weights=True)
+        equality = reference.compare(graph, session_options(device, graph))
     certificates = None if certifier is None else certifier.certificates
     return Optimized(graph, device, before, ledger, equality, notes, files, certificates)
 
@@ -282,6 +284,13 @@ class _Reference:
         self._feeds = _feeds(model, dims)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
+
+    def __enter__(self) -> _Reference:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._thread is not None:  # a process that ends while ONNX Runtime runs is aborted
+            self._thread.join()
 
     def _run(self) -> None:
         with self._runner:

@@ -7,7 +7,6 @@ A file of one GB is read in milliseconds, and no weight takes memory before some
 from __future__ import annotations
 
 import math
-import mmap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import onnx
 import onnx_ir as ir
 
 from ..ir import wire_format as wire
-from ..ir.mapped import MappedTensor, file_stamp
+from ..ir.mapped import MappedFile, MappedTensor
 
 MINIMUM_BYTES = 4096
 """Smaller tensors are read: shape inference wants some, and a page is mapped as a whole."""
@@ -30,10 +29,8 @@ def without_weights(path: Path) -> tuple[bytes, Mapping[str, MappedTensor]] | No
     None where the file isn't written in the usual way (a graph in two pieces, a name twice);
     the caller then reads it whole. The tensors show the file as it is when they are read.
     """
-    path, stamp = path.resolve(), file_stamp(path)
-    with open(path, "rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    content = memoryview(mapped)
+    file = MappedFile.open(path)
+    content = memoryview(file.map)
     tensors: dict[str, MappedTensor] = {}
     try:
         top = list(wire.fields(content, 0, len(content)))
@@ -52,7 +49,7 @@ def without_weights(path: Path) -> tuple[bytes, Mapping[str, MappedTensor]] | No
             name, array, offset, rest = found
             if name in tensors:
                 return None
-            tensors[name] = MappedTensor(array, name=name, path=path, offset=offset, stamp=stamp)
+            tensors[name] = MappedTensor(array, name=name, file=file, offset=offset)
             kept += content[copied : field.tag]
             kept += wire.bytes_field(wire.GRAPH_INITIALIZER, len(rest)) + rest
             copied = field.end

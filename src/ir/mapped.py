@@ -6,6 +6,8 @@ of being handed a copy. Not here: finding that place (frontends).
 
 from __future__ import annotations
 
+import dataclasses
+import mmap
 import os
 from pathlib import Path
 
@@ -15,33 +17,48 @@ import onnx_ir as ir
 from ..errors import ModelFileError
 
 
+@dataclasses.dataclass(frozen=True)
+class MappedFile:
+    """A file's path, its map, and what `file_stamp` gave when it was mapped."""
+
+    path: Path
+    map: mmap.mmap
+    stamp: tuple[int, int]
+
+    @classmethod
+    def open(cls, path: Path) -> MappedFile:
+        """Map a whole file, read-only."""
+        real = path.resolve()
+        stamp = file_stamp(real)
+        with open(real, "rb") as file:
+            return cls(real, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), stamp)
+
+
 class MappedTensor(ir.Tensor[np.ndarray]):
-    """A tensor over `array`, a map of `array.nbytes` bytes of `path` from `offset` on.
+    """A tensor over `array`, the bytes of `file` from `offset` on."""
 
-    `stamp` is the file's as `file_stamp` gave it when it was mapped.
-    """
+    __slots__ = ("file", "offset")
 
-    __slots__ = ("offset", "path", "stamp")
-
-    def __init__(
-        self, array: np.ndarray, *, name: str, path: Path, offset: int, stamp: tuple[int, int]
-    ) -> None:
+    def __init__(self, array: np.ndarray, *, name: str, file: MappedFile, offset: int) -> None:
         super().__init__(array, dtype=ir.DataType.from_numpy(array.dtype), name=name)
-        self.path = path
+        self.file = file
         self.offset = offset
-        self.stamp = stamp
 
     def renamed(self, name: str) -> MappedTensor:
         """Another tensor over the same bytes."""
-        return MappedTensor(
-            self.raw, name=name, path=self.path, offset=self.offset, stamp=self.stamp
-        )
+        return MappedTensor(self.raw, name=name, file=self.file, offset=self.offset)
+
+    def release(self) -> None:
+        """Give back the memory of the pages read so far; they are read again when needed."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            start = self.offset // mmap.PAGESIZE * mmap.PAGESIZE
+            self.file.map.madvise(mmap.MADV_DONTNEED, start, self.offset + self.nbytes - start)
 
     def check_unchanged(self) -> None:
         """Raises `ModelFileError` when the file is no longer the one that was mapped."""
-        if file_stamp(self.path) != self.stamp:
+        if file_stamp(self.file.path) != self.file.stamp:
             raise ModelFileError(
-                f"{str(self.path)!r} changed while its weights were in use",
+                f"{str(self.file.path)!r} changed while its weights were in use",
                 where=f"tensor {self.name!r}",
                 why="weights are read from the file when they are needed",
                 fix="start again, and leave the file as it is until the result is saved",

@@ -210,7 +210,7 @@ def _in_their_files(
     for name, tensor in weights.items():
         if isinstance(tensor, MappedTensor):
             tensor.check_unchanged()
-            path = tensor.path
+            path = tensor.file.path
         elif isinstance(tensor, ir.ExternalTensor):
             path = Path(os.path.realpath(tensor.path))
         else:
