@@ -27,6 +27,7 @@ from .passes.driver import sort_by_stage
 from .passes.fuse.activations import FuseActivations
 from .passes.fuse.affine import FoldAffine
 from .passes.fuse.attention import FuseAttention
+from .passes.fuse.einsum import EinsumForms
 from .passes.fuse.gemm import GemmForms
 from .passes.fuse.linear import FoldLinear
 from .passes.fuse.normalizations import FuseNormalizations
@@ -48,7 +49,15 @@ GROUPS: dict[str, tuple[type[Pass], ...]] = {
         Duplicates,
         DeadCode,
     ),
-    "fuse": (FoldAffine, FuseActivations, FuseNormalizations, FuseAttention, FoldLinear, GemmForms),
+    "fuse": (
+        FoldAffine,
+        FuseActivations,
+        FuseNormalizations,
+        EinsumForms,
+        FuseAttention,
+        FoldLinear,
+        GemmForms,
+    ),
     "lower": (RuntimeForms,),
 }
 """Names that stand for several passes at their default options."""
