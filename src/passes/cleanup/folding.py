@@ -16,6 +16,7 @@ from ...ir.graph import (
     ONNX_DOMAINS,
     AbsentTensor,
     add_initializer,
+    attribute,
     constant_tensor,
     graph_tree,
     has_subgraphs,
@@ -33,6 +34,7 @@ _MAX_ALLOWANCE = 64 << 10
 _TOTAL_SHARE = 10
 _SCRATCH = 64 << 20
 _MAX_CHAIN = 64
+_VIEWED_BYTES = 64 << 10
 _FOREIGN = frozenset({ir.DataType.STRING, ir.DataType.UNDEFINED})
 
 
@@ -114,8 +116,12 @@ def _fold(
     unknown = _depend_on_absent(candidates)
     known = [node for node in candidates if id(node) not in unknown]
     wanted = [v for v in frontier if id(v.producer()) not in unknown]
+    views = _views(known)
+    known = [node for node in known if id(node.outputs[0]) not in views]
+    run = [v for v in wanted if id(v) not in views]
     results: list[tuple[ir.Value, np.ndarray | ir.TensorProtocol]] = [
-        *(_evaluate(known, wanted, opsets) if wanted else ()),
+        *((v, ir.Tensor(views[id(v)], dtype=v.dtype)) for v in wanted if id(v) in views),
+        *(_evaluate(known, run, opsets, views) if run else ()),
         *((v, _absent(v)) for v in frontier if id(v.producer()) in unknown),
     ]
     for value, data in results:
@@ -293,16 +299,39 @@ def _result_bytes(node: ir.Node) -> int | None:
     return total
 
 
+def _views(nodes: list[ir.Node]) -> dict[int, np.ndarray]:
+    """Results of large transpositions of constants, which need no memory until they are written."""
+    found: dict[int, np.ndarray] = {}
+    for node in nodes:
+        value = node.inputs[0] if is_onnx_op(node, "Transpose") else None
+        if value is None or (_result_bytes(node) or 0) < _VIEWED_BYTES:
+            continue
+        array = found.get(id(value))
+        if array is None:
+            tensor = constant_tensor(value)
+            if tensor is None or tensor.dtype.bitwidth < 8:
+                continue
+            array = tensor.numpy()
+        found[id(node.outputs[0])] = array.transpose(attribute(node, "perm"))
+    return found
+
+
 def _evaluate(
-    nodes: list[ir.Node], frontier: list[ir.Value], opsets: dict[str, int]
+    nodes: list[ir.Node],
+    frontier: list[ir.Value],
+    opsets: dict[str, int],
+    given: Mapping[int, np.ndarray],
 ) -> list[tuple[ir.Value, np.ndarray]]:
-    """Run the nodes; when the runtime refuses them together, one by one, skipping what fails."""
+    """Run the nodes; when the runtime refuses them together, one by one, skipping what fails.
+
+    `given` are results that are known already, by the value's identity.
+    """
     try:
-        return _run(nodes, frontier, opsets)
+        return _run(nodes, frontier, opsets, given)
     except EdgepassError:
         pass
     results: list[tuple[ir.Value, np.ndarray]] = []
-    known: dict[int, np.ndarray] = {}
+    known = dict(given)
     for node in nodes:
         try:
             for value, array in _run([node], list(node.outputs), opsets, known):
@@ -319,7 +348,7 @@ def _run(
     nodes: Iterable[ir.Node],
     wanted: list[ir.Value],
     opsets: dict[str, int],
-    known: dict[int, np.ndarray] | None = None,
+    known: Mapping[int, np.ndarray],
 ) -> list[tuple[ir.Value, np.ndarray]]:
     from ...targets.onnxruntime import OrtRunner
 
@@ -330,7 +359,7 @@ def _run(
 
     def source(value: ir.Value) -> ir.Value:
         if id(value) not in copies:
-            array = (known or {}).get(id(value))
+            array = known.get(id(value))
             if array is None:
                 tensor = constant_tensor(value)
                 if tensor is None:
