@@ -305,7 +305,7 @@ class FoldBeforeConv(RewriteRule):
         shape = static_shape(weight)
         assert shape is not None
         scale, shift = self._affine(m, producer, shape[1] * groups)
-        known = (scale, shift) != (None, None)
+        known = scale is not None or shift is not None
         adds = producer.op_type not in ("Mul", "Div")
         old = None if bias is None else constant_array(bias)
         new_weight: ir.Value | np.ndarray = weight
