@@ -57,9 +57,13 @@ class Witness(Protocol):
         """What is to be remembered of the graph before the rule rewrites it."""
 
     def after(
-        self, rule: str, before: Any, replacements: Sequence[ir.Value | None], model: ir.Model
+        self,
+        rule: str,
+        before: Any,
+        replaced: Sequence[tuple[ir.Value, ir.Value]],
+        model: ir.Model,
     ) -> None:
-        """The rule has built the replacements of the root's outputs; no use of them is changed."""
+        """The rule has built what takes the place of what: values, and the new ones."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from ..errors import EdgepassError, PassFailedError
-from ..ir.edit import Builder, Editor
+from ..ir.edit import Builder, Editor, Listener
 from ..ir.graph import CONTRIB_DOMAIN, all_nodes, describe_node, graph_tree, source_line
 from ..ir.match import Match, Mismatch, OpPattern, match
 from .base import Context, Pass, PassResult, Rewrite, Stage
@@ -125,6 +125,18 @@ class _Worklist:
             level = following
 
 
+class _RecordingEditor(Editor):
+    """Remembers what was replaced by what, for certificates."""
+
+    def __init__(self, *listeners: Listener) -> None:
+        super().__init__(*listeners)
+        self.replaced: list[tuple[ir.Value, ir.Value]] = []
+
+    def replace_value(self, old: ir.Value, new: ir.Value) -> None:
+        self.replaced.append((old, new))
+        super().replace_value(old, new)
+
+
 def apply_rules(model: ir.Model, rules: Sequence[RewriteRule], context: Context) -> list[Rewrite]:
     """Apply rules over the graph and its subgraphs with one worklist; which fired where.
 
@@ -146,7 +158,7 @@ def apply_rules(model: ir.Model, rules: Sequence[RewriteRule], context: Context)
         node for graph in graph_tree(model.graph) for node in graph if node.op_type in index
     ]
     worklist = _Worklist(candidates, depth)
-    editor = Editor(worklist)
+    editor = Editor(worklist) if context.certify is None else _RecordingEditor(worklist)
     for node in worklist:
         for rule, pattern in index.get(node.op_type, ()):
             if node.graph is None:
@@ -173,7 +185,10 @@ def _try_rule(
     try:
         if not _replaceable(found, editor) or rule.check(found, context):
             return False
-        seen = None if context.certify is None else context.certify.before(found)
+        seen = None
+        if context.certify is not None and isinstance(editor, _RecordingEditor):
+            seen = context.certify.before(found)
+            editor.replaced.clear()
         values = rule.rewrite(found, Builder(editor, node, context.opsets.get("", 0)))
     except EdgepassError:
         raise
@@ -184,8 +199,9 @@ def _try_rule(
             fix="mend the rule's check or rewrite; leave the rule out to go on without it",
         ) from error
     replacements = values if isinstance(values, tuple) else (values,)
-    if context.certify is not None:
-        context.certify.after(rule.name, seen, replacements, model)
+    if context.certify is not None and isinstance(editor, _RecordingEditor):
+        own = ((o, n) for o, n in zip(node.outputs, replacements, strict=False) if n is not None)
+        context.certify.after(rule.name, seen, [*editor.replaced, *own], model)
     for old, new in zip(node.outputs, replacements, strict=False):
         if new is not None:
             editor.replace_value(old, new)

@@ -94,16 +94,16 @@ class Certifier:
 
     def before(self, found: Match) -> Record:
         """Called by the rule engine before a rule rewrites."""
-        return record(found.matched_nodes, found.root.outputs)
+        return record(found.matched_nodes)
 
     def after(
         self,
         rule: str,
         before: Record,
-        replacements: Sequence[ir.Value | None],
+        replaced: Sequence[tuple[ir.Value, ir.Value]],
         model: ir.Model,
     ) -> None:
-        """Called by the rule engine with what the rule returned, before it takes effect."""
+        """Called by the rule engine with the values that the rule replaces, and by what."""
         root = before.matched[0].node
         label = root.name or root.outputs[0].name or ""
         source, functions = source_line(root), list(model.functions.values())
@@ -111,7 +111,7 @@ class Certifier:
         kept: Region | None = None
         for context in CONTEXTS:
             try:
-                region = cut(before, replacements, model.opset_imports, functions, context=context)
+                region = cut(before, replaced, model.opset_imports, functions, context=context)
                 outcome = certify_region(region, seed=self.seed, dims=self.dims)
             except EdgepassError as error:
                 outcome, region = _not_checked(error.diagnostic.what), None
@@ -145,7 +145,7 @@ def certify_region(
     from ...targets.onnxruntime import OrtRunner
 
     try:
-        _fill_absent(region, seed)
+        filled = _fill_absent(region, seed)
     except WeightsAbsentError as error:
         return _not_checked(error.diagnostic.what)
     try:
@@ -159,7 +159,10 @@ def certify_region(
             why = error.diagnostic.why or error.diagnostic.what
             return _outcome("none", 0, float("inf"), "differs", f"the result is invalid: {why}")
         with second:
-            return _run_cases(region, first, second, seed, dict(dims or {}))
+            found = _run_cases(region, first, second, seed, dict(dims or {}))
+    if filled and found.holds is False:
+        return _not_checked("weights may be computed from weights that have no data")
+    return found
 
 
 @dataclasses.dataclass
@@ -314,8 +317,9 @@ def _divides_integers(region: Region) -> bool:
     )
 
 
-def _fill_absent(region: Region, seed: int) -> None:
-    """Random numbers for weights without data; the same tensor gets the same on both sides.
+def _fill_absent(region: Region, seed: int) -> bool:
+    """Random numbers for weights without data; the same tensor gets the same on both sides. Whether
+    there are any.
 
     Raises:
         WeightsAbsentError: the two sides do not have the same weights, so that some were computed.
@@ -341,6 +345,7 @@ def _fill_absent(region: Region, seed: int) -> None:
                 if id(tensor) not in filled:
                     filled[id(tensor)] = _random_weight(tensor, seed)
                 value.const_value = filled[id(tensor)]
+    return bool(filled)
 
 
 def _random_weight(tensor: ir.TensorProtocol, seed: int) -> ir.TensorProtocol:

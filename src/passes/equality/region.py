@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -39,16 +39,17 @@ class Known:
 
     dtype: ir.TypeProtocol | None
     shape: ir.Shape | None
+    constant: ir.TensorProtocol | None = None
+    """The data of an initializer, which leaves the graph when its last user does."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """The nodes above a match by the identity of what they write, and the matched ones."""
+    """The nodes around a match by the identity of what they write, and the matched ones."""
 
     steps: Mapping[int, Step]
     known: Mapping[int, Known]
     matched: tuple[Step, ...]
-    outputs: tuple[ir.Value, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,12 +88,16 @@ def _captured(node: ir.Node) -> list[ir.Value]:
     return [value for key, value in used.items() if key not in inner]
 
 
-def record(matched: Sequence[ir.Node], outputs: Iterable[ir.Value], reach: int = REACH) -> Record:
-    """Everything above a match, up to `reach` nodes, before a rule changes anything."""
+def record(matched: Sequence[ir.Node], reach: int = REACH) -> Record:
+    """Everything above a match, and the nodes beside and below it: up to `reach` nodes, before a
+    rule changes anything."""
     steps: dict[int, Step] = {}
     known: dict[int, Known] = {}
-    waiting = deque(matched)
-    seen = {id(node) for node in matched}
+    nodes = {id(node): node for node in matched}
+    for value in _near(matched):
+        for user in value.consumers()[:_FAN_OUT]:
+            nodes.setdefault(id(user), user)
+    waiting, seen = deque(nodes.values()), set(nodes)
     first: list[Step] = []
     while waiting:
         step = step_of(waiting.popleft())
@@ -100,19 +105,37 @@ def record(matched: Sequence[ir.Node], outputs: Iterable[ir.Value], reach: int =
             first.append(step)
         for value in step.outputs:
             steps[id(value)] = step
-            known[id(value)] = Known(value.type, value.shape)
+            known[id(value)] = _known(value)
         for value in step.reads:
-            known[id(value)] = Known(value.type, value.shape)
+            known[id(value)] = _known(value)
             producer = value.producer()
             if producer is not None and id(producer) not in seen and len(seen) < reach:
                 seen.add(id(producer))
                 waiting.append(producer)
-    return Record(steps, known, tuple(first), tuple(outputs))
+    return Record(steps, known, tuple(first))
+
+
+def _known(value: ir.Value) -> Known:
+    return Known(value.type, value.shape, value.const_value if _is_constant(value) else None)
+
+
+_FAN_OUT = 64
+
+
+def _near(matched: Sequence[ir.Node]) -> Iterator[ir.Value]:
+    """Values whose users a rule may replace with its match: what it reads, what it makes, and what
+    is made of that."""
+    for node in matched:
+        yield from (v for v in node.inputs if v is not None and not _is_constant(v))
+        for value in node.outputs:
+            yield value
+            for user in value.consumers()[:_FAN_OUT]:
+                yield from user.outputs
 
 
 def cut(
     before: Record,
-    replacements: Sequence[ir.Value | None],
+    replaced: Sequence[tuple[ir.Value, ir.Value]],
     opsets: Mapping[str, int],
     functions: Iterable[ir.Function] = (),
     *,
@@ -120,24 +143,22 @@ def cut(
 ) -> Region:
     """The region that a firing replaced, its two sides hanging on the same values.
 
+    `replaced` are the values that had users, and what these use now.
     `context` adds that many layers of producers above: for rules that rely on what feeds the match.
     """
-    pairs = [
-        (old, new)
-        for old, new in zip(before.outputs, replacements, strict=False)
-        if new is not None
-    ]
+    pairs = [(old, new) for old, new in replaced if id(old) in before.steps]
     inside = {id(step.node): step for step in before.matched}
+    inside.update((id(before.steps[id(old)].node), before.steps[id(old)]) for old, _ in pairs)
     _add_whole_numbers(before, inside)
     for _ in range(context):
-        for value in _border(inside.values()):
+        for value in _border(inside.values(), before.known):
             step = before.steps.get(id(value))
             if step is not None:
                 inside[id(step.node)] = step
         _add_whole_numbers(before, inside)
     missing = ""
     for _ in range(REACH):
-        border = {id(value): value for value in _border(inside.values())}
+        border = {id(value): value for value in _border(inside.values(), before.known)}
         made, loose = _made([new for _, new in pairs], border, before, inside)
         grown = _between(loose, border, before)
         if not grown:
@@ -145,7 +166,7 @@ def cut(
             border.update((id(value), value) for value in loose)
             break
         inside.update((id(step.node), step) for step in grown)
-    inputs = [v for v in border.values() if not _is_constant(v)]
+    inputs = [v for v in border.values() if not _is_constant(v, before.known)]
     functions = list(functions)
     olds, news = [old for old, _ in pairs], [new for _, new in pairs]
     ordered = _ordered(inside.values(), olds)
@@ -156,7 +177,7 @@ def cut(
     )
 
 
-def _border(steps: Iterable[Step]) -> list[ir.Value]:
+def _border(steps: Iterable[Step], known: Mapping[int, Known]) -> list[ir.Value]:
     """Values that steps read and that none of them writes, constants left out."""
     items = list(steps)
     written = {id(value) for step in items for value in step.outputs}
@@ -164,18 +185,22 @@ def _border(steps: Iterable[Step]) -> list[ir.Value]:
         id(value): value
         for step in items
         for value in step.reads
-        if id(value) not in written and not _is_constant(value)
+        if id(value) not in written and not _is_constant(value, known)
     }
     return list(found.values())
 
 
-def _is_constant(value: ir.Value) -> bool:
+def _is_constant(value: ir.Value, known: Mapping[int, Known] | None = None) -> bool:
+    """Whether a value is an initializer that no caller overrides, or was one when recorded."""
+    facts = None if known is None else known.get(id(value))
+    if facts is not None and facts.constant is not None:
+        return True
     return value.is_initializer() and not value.is_graph_input() and value.const_value is not None
 
 
 def _add_whole_numbers(before: Record, inside: dict[int, Step], limit: int = 60) -> None:
     """Take in what computes shapes and indices: random numbers would seldom be legal there."""
-    waiting = deque(_border(inside.values()))
+    waiting = deque(_border(inside.values(), before.known))
     while waiting and len(inside) < limit:
         value = waiting.popleft()
         known, step = before.known.get(id(value)), before.steps.get(id(value))
@@ -206,7 +231,7 @@ def _made(
     while waiting:
         value = waiting.popleft()
         producer = value.producer()
-        if id(value) in border or _is_constant(value):
+        if id(value) in border or _is_constant(value, before.known):
             continue
         if producer is None:
             loose[id(value)] = value
@@ -315,7 +340,7 @@ def _model(
     initializers = []
     for step in steps:
         for value in step.reads:
-            if id(value) not in copies and _is_constant(value):
+            if id(value) not in copies and _is_constant(value, known):
                 initializers.append(_constant(value, copy(value, typed=False)))
     nodes: list[ir.Node] = []
     for step in steps:
