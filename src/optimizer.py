@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import gc
 import math
 import os
 import tempfile
@@ -25,6 +26,7 @@ from .api import require_placed, session_options
 from .errors import EdgepassError, UsageError
 from .frontends import load_model, load_notes, to_supported_opset
 from .ir.graph import absent_weights, node_count
+from .ir.mapped import MappedFile, MappedTensor
 from .passes.base import Context, Pass, Rewrite
 from .passes.driver import run_passes
 from .passes.equality import Certificate, Certifier
@@ -38,6 +40,8 @@ from .targets.target import Target
 
 TOLERANCE = 1e-5
 """What counts as equal: the largest difference relative to the range of an output."""
+_BIG_BYTES = 64 << 20
+"""Of files over this the source runs after the passes, not beside them: time for memory."""
 _ILL_CONDITIONED = 1e-3
 """Where the runtime's own optimizations change the source by more than a result differs, that
 counts as equal up to this."""
@@ -110,6 +114,7 @@ class Optimized:
     notes: list[str]
     files: list[Path] = dataclasses.field(default_factory=list)
     certificates: list[Certificate] | None = None
+    sources: list[MappedFile] = dataclasses.field(default_factory=list, repr=False)
 
     @property
     def nodes(self) -> int:
@@ -128,7 +133,7 @@ class Optimized:
             UsageError: the path is a folder or in none.
             ModelFileError: the source file changed since it was read.
         """
-        return _write(self.model, Path(path))
+        return _write(self.model, Path(path), self.sources)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for `--json`."""
@@ -239,15 +244,24 @@ def optimize(
     context = Context(device, None, sizes, tell, certify=certifier, portable=portable)
     chosen = [*parse_recipe(recipe), *passes, *epilogue()]
     with _Reference(graph, source, dims, wanted=check) as reference:
+        mapped = _mapped_files(graph)
+        big = sum(file.stamp[1] for file in mapped) > _BIG_BYTES
+        if not big:
+            reference.start(graph)
         notes = [*load_notes(graph), *to_supported_opset(graph)]
         graph, ledger = run_passes(graph, chosen, context)
         require_placed(place(device, graph))
-        files = [] if place_to_write is None else _write(graph, place_to_write)
+        files = [] if place_to_write is None else _write(graph, place_to_write, mapped)
         if files:  # what was folded is in the file now, and need not be in memory too
             graph = load_model(files[0], weights_required=False, map_weights=True)
+        if big:
+            gc.collect()  # graphs are cyclic
+            for file in mapped:
+                file.release()
+            reference.start(source())
         equality = reference.compare(graph, session_options(device, graph))
     certificates = None if certifier is None else certifier.certificates
-    return Optimized(graph, device, before, ledger, equality, notes, files, certificates)
+    return Optimized(graph, device, before, ledger, equality, notes, files, certificates, mapped)
 
 
 class _Reference:
@@ -274,6 +288,12 @@ class _Reference:
         if missing := absent_weights(model):
             self.reason = f"{len(missing)} weights have no data"
             return
+        self._feeds = _feeds(model, dims)
+
+    def start(self, model: ir.Model) -> None:
+        """Begin to run the source, which may be changed once this returns."""
+        if not self._feeds:
+            return
         from .targets.onnxruntime import OrtRunner
 
         try:
@@ -281,7 +301,6 @@ class _Reference:
         except EdgepassError as error:
             self.reason = f"ONNX Runtime does not take the source: {error.diagnostic.what}"
             return
-        self._feeds = _feeds(model, dims)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -332,6 +351,16 @@ class _Reference:
         return max(errors, key=lambda error: error.relative)
 
 
+def _mapped_files(model: ir.Model) -> list[MappedFile]:
+    """The files that weights are mapped from, each once."""
+    found = {
+        tensor.file.path: tensor.file
+        for value in model.graph.initializers.values()
+        if isinstance(tensor := value.const_value, MappedTensor)
+    }
+    return list(found.values())
+
+
 def _feeds(model: ir.Model, dims: Mapping[str, int] | None) -> list[dict[str, np.ndarray]]:
     """Random inputs; where sizes are free, a second time at other sizes."""
     first = sample_inputs(model, dims=dims)
@@ -358,11 +387,16 @@ def _writable(path: Path, model: Any) -> Path:
     return path
 
 
-def _write(model: ir.Model, path: Path) -> list[Path]:
-    """Write beside the place and move in, so that a killed run leaves an earlier file whole."""
+def _write(model: ir.Model, path: Path, sources: Sequence[MappedFile]) -> list[Path]:
+    """Write beside the place and move in, so that a killed run leaves an earlier file whole.
+
+    `sources` are the files that weights may still be read from.
+    """
     _writable(path, None)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.absolute().parent) as folder:
         written = write_onnx(model, Path(folder) / path.name)
+        for source in sources:
+            source.check_unchanged()
         moved = []
         for file in reversed(written):  # the data before the model that refers to it
             moved.append(path.with_name(file.name))

@@ -33,6 +33,20 @@ class MappedFile:
         with open(real, "rb") as file:
             return cls(real, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), stamp)
 
+    def check_unchanged(self) -> None:
+        """Raises `ModelFileError` when the file is no longer the one that was mapped."""
+        if file_stamp(self.path) != self.stamp:
+            raise ModelFileError(
+                f"{str(self.path)!r} changed while its weights were in use",
+                why="weights are read from the file when they are needed",
+                fix="start again, and leave the file as it is until the result is saved",
+            )
+
+    def release(self) -> None:
+        """Give back the memory of all pages read so far; they are read again when needed."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self.map.madvise(mmap.MADV_DONTNEED)
+
 
 class MappedTensor(ir.Tensor[np.ndarray]):
     """A tensor over `array`, the bytes of `file` from `offset` on."""
@@ -49,20 +63,10 @@ class MappedTensor(ir.Tensor[np.ndarray]):
         return MappedTensor(self.raw, name=name, file=self.file, offset=self.offset)
 
     def release(self) -> None:
-        """Give back the memory of the pages read so far; they are read again when needed."""
+        """The same for the pages of this tensor."""
         if hasattr(mmap, "MADV_DONTNEED"):
             start = self.offset // mmap.PAGESIZE * mmap.PAGESIZE
             self.file.map.madvise(mmap.MADV_DONTNEED, start, self.offset + self.nbytes - start)
-
-    def check_unchanged(self) -> None:
-        """Raises `ModelFileError` when the file is no longer the one that was mapped."""
-        if file_stamp(self.file.path) != self.file.stamp:
-            raise ModelFileError(
-                f"{str(self.file.path)!r} changed while its weights were in use",
-                where=f"tensor {self.name!r}",
-                why="weights are read from the file when they are needed",
-                fix="start again, and leave the file as it is until the result is saved",
-            )
 
 
 def file_stamp(path: Path) -> tuple[int, int]:

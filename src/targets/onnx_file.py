@@ -185,12 +185,9 @@ def leaves_message(value: ir.Value) -> bool:
 def _write_tensor(tensor: ir.TensorProtocol, file: object) -> None:
     array = tensor.raw if isinstance(tensor, ir.Tensor) else None
     if isinstance(array, np.ndarray) and _is_plain(array, tensor.dtype):
-        mapped = tensor if isinstance(tensor, MappedTensor) else None
-        if mapped is not None:
-            mapped.check_unchanged()
         file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))  # type: ignore[attr-defined]
-        if mapped is not None:
-            mapped.release()
+        if isinstance(tensor, MappedTensor):
+            tensor.release()
     elif isinstance(tensor, ir.Tensor | ir.ExternalTensor):
         tensor.tofile(file)
     else:

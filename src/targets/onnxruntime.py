@@ -209,7 +209,7 @@ def _in_their_files(
     folder: Path | None = None
     for name, tensor in weights.items():
         if isinstance(tensor, MappedTensor):
-            tensor.check_unchanged()
+            tensor.file.check_unchanged()
             path = tensor.file.path
         elif isinstance(tensor, ir.ExternalTensor):
             path = Path(os.path.realpath(tensor.path))

@@ -29,6 +29,7 @@ from ..rules import RewriteRule, RuleGroup
 
 _CONVS = ("Conv", "ConvTranspose")
 _AFFINE = ("Mul", "Div", "Add", "Sub")
+_LAZY_BYTES = 64 << 10
 _SHARED_BYTES = 1 << 20
 """A shared weight up to this size is copied rather than left with its affine neighbour."""
 
@@ -83,7 +84,7 @@ def scaled_conv(
     new_weight: ir.Value | np.ndarray = weight
     data = constant_array(weight)
     if data is not None and scale is not None:
-        new_weight = _scale_weight(node, data, scale)
+        new_weight = _scaled_weight(node, data, scale, build)
     bias = np.zeros(channels) if old_bias is None else constant_array(old_bias)
     new_bias: ir.Value | np.ndarray | None
     if data is None or bias is None or (scale is None and shift is None):
@@ -101,12 +102,27 @@ def scaled_conv(
     ).outputs[0]
 
 
-def _scale_weight(node: ir.Node, data: np.ndarray, scale: np.ndarray) -> np.ndarray:
+def _scaled_weight(
+    node: ir.Node, data: np.ndarray, scale: np.ndarray, build: Builder
+) -> ir.Value | np.ndarray:
+    """The weight with the scale in it; a large one is computed when it is read, so that memory
+    holds no second set of weights."""
+    if data.nbytes < _LAZY_BYTES:
+        return _scale_weight(node.op_type, attribute(node, "group", 1), data, scale)
+    op_type, groups = node.op_type, attribute(node, "group", 1)
+    dtype, shape = ir.DataType.from_numpy(data.dtype), ir.Shape(data.shape)
+
+    def compute() -> ir.Tensor[np.ndarray]:
+        return ir.Tensor(_scale_weight(op_type, groups, data, scale), dtype=dtype)
+
+    return build.initializer("scaled", ir.LazyTensor(compute, dtype=dtype, shape=shape))
+
+
+def _scale_weight(op_type: str, groups: int, data: np.ndarray, scale: np.ndarray) -> np.ndarray:
     wide = data.astype(np.float64)
-    if node.op_type == "Conv":
+    if op_type == "Conv":
         scaled = wide * scale.reshape(-1, *([1] * (data.ndim - 1)))
     else:  # ConvTranspose: [in, out / group, ...], groups of the input in order
-        groups = attribute(node, "group", 1)
         split = wide.reshape(groups, data.shape[0] // groups, *data.shape[1:])
         factor = scale.reshape(groups, 1, data.shape[1], *([1] * (data.ndim - 2)))
         scaled = (split * factor).reshape(data.shape)
