@@ -31,7 +31,9 @@ from .passes.fuse.einsum import EinsumForms
 from .passes.fuse.gemm import GemmForms
 from .passes.fuse.linear import FoldLinear
 from .passes.fuse.normalizations import FuseNormalizations
+from .passes.fuse.tidy import Tidy
 from .passes.legalize import Legalize
+from .passes.lower.attention import AttentionForms
 from .passes.lower.runtime_forms import RuntimeForms
 from .passes.registry import find_pass
 from .passes.spec import PassSpec, build_pass, parse_specs
@@ -57,8 +59,9 @@ GROUPS: dict[str, tuple[type[Pass], ...]] = {
         FuseAttention,
         FoldLinear,
         GemmForms,
+        Tidy,
     ),
-    "lower": (RuntimeForms,),
+    "lower": (AttentionForms, RuntimeForms),
 }
 """Names that stand for several passes at their default options."""
 

@@ -114,16 +114,18 @@ def typed(value: ir.Value, like: ir.Value, dims: Sequence[Dim] | None = None) ->
 
 
 def reshape_target(dims: Sequence[Dim], source: Sequence[Dim] | None) -> np.ndarray | None:
-    """The constant target that reshapes to `dims`: -1 for one symbol, 0 where the source has the
-    same symbol at the same place. None where symbols are left, or where a size is 0."""
+    """The constant target that reshapes to `dims`: -1 for one symbol; where there are more, 0 for
+    those that the source has at the same place. None where symbols are left beside a -1, or beside
+    a size of 0."""
     if any(d == 0 for d in dims):
         return np.array(dims, np.int64) if all(isinstance(d, int) for d in dims) else None
     target: list[int] = []
     free = 0
+    several = sum(not isinstance(d, int) for d in dims) > 1
     for i, dim in enumerate(dims):
         if isinstance(dim, int):
             target.append(dim)
-        elif source is not None and i < len(source) and known(dim) and source[i] == dim:
+        elif several and source is not None and i < len(source) and source[i] == dim and known(dim):
             target.append(0)
         else:
             target.append(-1)

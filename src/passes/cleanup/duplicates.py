@@ -10,7 +10,8 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from ...ir.edit import Editor
-from ...ir.graph import graphs, is_absent, node_subgraphs
+from ...ir.graph import ONNX_DOMAINS, graphs, is_absent, node_subgraphs
+from ...ir.match import COMMUTATIVE
 from ...ir.ops import is_deterministic, is_pure
 from ..base import Context, Pass, PassResult, Stage
 
@@ -21,8 +22,8 @@ _PREFIX_BYTES = 4096
 class Duplicates(Pass):
     """Keeps one of several equal computations, and one of several equal initializers.
 
-    Only deterministic operators without subgraphs are merged. A subgraph may reuse what its outer
-    graph has computed before it.
+    The operands of an operator that commutes may come in any order. Only deterministic operators
+    without subgraphs are merged. A subgraph may reuse what its outer graph has computed before it.
 
         a = Exp(x); b = Exp(x); return a + b   ->   a = Exp(x); return a + a
     """
@@ -87,9 +88,12 @@ def _key(node: ir.Node, model: ir.Model) -> Hashable | None:
         if text is None:
             return None
         attributes.append((name, text))
+    inputs = [id(v) for v in node.inputs]
+    if node.op_type in COMMUTATIVE and node.domain in ONNX_DOMAINS:
+        inputs.sort()
     return (
         node.op_identifier(),
-        tuple(id(v) for v in node.inputs),
+        tuple(inputs),
         tuple(attributes),
         tuple(bool(v.name) for v in node.outputs),
     )

@@ -1,17 +1,27 @@
-"""Shape computations whose results are known: replaced by what they compute."""
+"""Shape computations whose results are known: replaced by what they compute, or by another that
+computes the same."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Hashable
 from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
 from ...ir.edit import Editor
-from ...ir.graph import add_initializer, constant_tensor, graph_tree, is_onnx_op
+from ...ir.graph import (
+    add_initializer,
+    constant_tensor,
+    dims_of,
+    graph_tree,
+    is_onnx_op,
+    node_subgraphs,
+)
 from ...ir.shapes import ShapeReport, infer_shapes
 from ..base import Context, Pass, PassResult, Stage
+from .conditions import reshape_target
 
 _SHAPE_DTYPES = (ir.DataType.INT64, ir.DataType.INT32)
 
@@ -20,9 +30,11 @@ _SHAPE_DTYPES = (ir.DataType.INT64, ir.DataType.INT32)
 class FoldShapes(Pass):
     """Replaces integer tensors that shape inference knows by constants.
 
-    Where one dimension of a Reshape's target is symbolic, it becomes -1.
+    A Reshape's target becomes constant where one dimension at most is neither known nor that of
+    the input at the same place: -1 stands for it, 0 for a dimension that is copied. Of several
+    computations of the same symbolic sizes the first stays, whatever tensors they start from.
 
-        Reshape(x, Concat(Shape(x)[0], [-1], [64]))   ->   Reshape(x, [1, -1, 64])   for batch 1
+        Reshape(x, Concat(Shape(x)[0], [-1], [64]))   ->   Reshape(x, [0, -1, 64])
     """
 
     stage: ClassVar[Stage] = Stage.CLEANUP
@@ -39,9 +51,11 @@ class FoldShapes(Pass):
             for node in list(graph):
                 folded += _fold_known(graph, node, report, editor)
                 reshaped += _fold_reshape(graph, node, report, editor)
+        shared = _share_equal(model.graph, report, editor, {})
         found = (
             (folded, "folded {} shape computations"),
             (reshaped, "{} Reshape targets to constants"),
+            (shared, "{} shape computations made once"),
         )
         notes = tuple(text.format(count) for count, text in found if count)
         return PassResult(model, bool(notes), notes)
@@ -90,12 +104,48 @@ def _fold_reshape(graph: ir.Graph, node: ir.Node, report: ShapeReport, editor: E
         return 0
     if (a := node.attributes.get("allowzero")) is not None and a.as_int():
         return 0
-    dims = report.shape_values(target)
-    if dims is None or any(isinstance(d, int) and d <= 0 for d in dims):
+    source, result = dims_of(node.inputs[0]), dims_of(node.outputs[0])
+    array = None if result is None or 0 in result else reshape_target(result, source)
+    if array is None:
         return 0
-    symbols = [i for i, d in enumerate(dims) if not isinstance(d, int)]
-    if len(symbols) != 1:
-        return 0
-    array = np.array([d if isinstance(d, int) else -1 for d in dims], np.int64)
     editor.replace_input(node, 1, add_initializer(graph, f"{target.name}/shape", array))
     return 1
+
+
+def _share_equal(
+    graph: ir.Graph, report: ShapeReport, editor: Editor, first: dict[Hashable, ir.Value]
+) -> int:
+    """Let all users of equal sizes use the value that is computed first."""
+    shared = 0
+    added: list[Hashable] = []
+    for node in graph:
+        for subgraph in node_subgraphs(node):
+            shared += _share_equal(subgraph, report, editor, first)
+        if len(node.outputs) != 1 or node.outputs[0].dtype not in _SHAPE_DTYPES:
+            continue
+        value = node.outputs[0]
+        key = _symbols(value, report)
+        if key is None:
+            continue
+        other = first.setdefault(key, value)
+        if other is value:
+            added.append(key)
+        elif value.uses() and not value.is_graph_output():
+            editor.replace_value(value, other)
+            shared += 1
+    for key in added:
+        del first[key]
+    return shared
+
+
+def _symbols(value: ir.Value, report: ShapeReport) -> Hashable | None:
+    """What identifies a value of at least one symbol, all of them named."""
+    dims = report.shape_values(value)
+    if dims is None or value.shape is None or len(value.shape) > 1:
+        return None
+    if all(isinstance(d, int) for d in dims):
+        return None
+    names = tuple(d if isinstance(d, int) else d.value for d in dims)
+    if None in names:
+        return None
+    return value.dtype, len(value.shape), names
