@@ -190,14 +190,12 @@ class Match:
         """The nodes of the match, root first."""
         return [node for node, _ in self.inner]
 
-    def include(self, before: Iterable[ir.Node] = (), after: Iterable[ir.Node] = ()) -> None:
-        """Count more nodes in, which a rule's check found by itself: they go where unused.
+    def include(self, nodes: Iterable[ir.Node]) -> None:
+        """Count in more nodes, which a rule's check found by itself: they go where unused.
 
-        `before` lie between the root and what it reads, the nearest to the root first; `after` lie
-        on the way from the root, the nearest to it first.
+        Users come before what they use.
         """
-        self.inner += [(node, True) for node in before]
-        self.inner[:0] = [(node, True) for node in reversed(list(after))]
+        self.inner += [(node, True) for node in nodes]
 
     def _snapshot(self) -> tuple[dict[str, ir.Value], dict[str, ir.Node], int]:
         return dict(self.values), dict(self.nodes), len(self.inner)
