@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -34,7 +35,10 @@ TIMEOUT_S = 600
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What one tool made of one model. Memory in bytes; `error` where it failed."""
+    """What one tool made of one model. Memory in bytes; `error` where it failed.
+
+    `equality` is edgepass's own check against the source, as `Equality.as_dict` gives it.
+    """
 
     model: str
     tool: str
@@ -43,6 +47,7 @@ class Row:
     memory: int = 0
     weights: int = 0
     error: str = ""
+    equality: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def main() -> None:
@@ -98,11 +103,14 @@ def _measure(tool: str, source: str, result: str, *, target: str) -> dict[str, A
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     started = time.perf_counter()
-    call(source, result)
+    found = call(source, result)
     seconds = time.perf_counter() - started
     done.set()
     watcher.join()
-    return {"nodes": _count(result), "seconds": seconds, "memory": peak[0] - base}
+    row = {"nodes": _count(result), "seconds": seconds, "memory": peak[0] - base}
+    if tool == "edgepass":
+        row["equality"] = found.equality.as_dict()
+    return row
 
 
 def _resident() -> int:
@@ -286,6 +294,15 @@ def _summary(rows: dict[tuple[str, str], Row], tools: Iterable[str]) -> None:
                 f"time:  {middle:.2f}x of {peer} in the median of {len(pairs)} models over 200 "
                 f"nodes, at most {worst[0]:.2f}x ({worst[1]})"
             )
+    errors = [
+        (e, n, ours[n].equality)
+        for n in names
+        if (e := ours[n].equality.get("error", math.inf)) is not None
+    ]
+    over = [(n, e, q.get("own_error")) for e, n, q in errors if e > 1e-5]
+    print(f"equal to the source to 1e-5 of the output's range: {len(errors) - len(over)}")
+    for name, error, own in over:
+        print(f"       {name}: {error:.1e}; the runtime's own optimizations: {own}")
     heavy = [(ours[n].memory / ours[n].weights, n) for n in names if ours[n].weights > 20e6]
     if heavy:
         middle, worst = statistics.median(r for r, _ in heavy), max(heavy)
