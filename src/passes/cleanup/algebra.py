@@ -494,15 +494,14 @@ class TransposedProduct(CleanupRule):
 class Algebra(RuleGroup):
     """Rewrites arithmetic into forms with fewer operators.
 
-    (x * 2) * 3, Relu(Clip(x, -1, 6)), Conv(Pad(x))   ->   x * 6, Clip(x, 0, 6), Conv(x)
+    Relu(Clip(x, -1, 6)), Conv(Pad(x)), x + Neg(y)   ->   Clip(x, 0, 6), Conv(x), x - y
+
+    Constants are merged later (`FoldLinear`): the fusions look for them one by one.
     """
 
     stage: ClassVar[Stage] = Stage.CLEANUP
     rules: ClassVar[tuple[type[RewriteRule], ...]] = (
-        MergeFactors,
-        MergeSummands,
         MoveSign,
-        DivideByFactor,
         MergeBounds,
         SameOperands,
         KnownCondition,

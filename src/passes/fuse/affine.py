@@ -513,22 +513,19 @@ def _bias(conv: ir.Node) -> np.ndarray | None:
     return None if array is None else array.astype(np.float64)
 
 
-CONVOLUTION_RULES: tuple[type[RewriteRule], ...] = (
-    FoldBatchNorm,
-    FoldConvScale,
-    FoldConvBias,
-    FoldBeforeConv,
-    AddParallelConvs,
-)
-
-
 @dataclasses.dataclass(frozen=True)
 class FoldAffine(RuleGroup):
-    """Folds BatchNormalization, constant factors and summands into the convolution next to them,
-    and adds up parallel convolutions.
+    """Folds BatchNormalization, constant factors and summands into the convolution before them,
+    and adds up parallel convolutions. What stands before a convolution is folded later
+    (`FoldLinear`), once activations that end in a factor are recognized.
 
     BatchNormalization(Conv(x, W))   ->   Conv(x, W', b')
     """
 
     stage: ClassVar = RewriteRule.stage
-    rules: ClassVar[tuple[type[RewriteRule], ...]] = CONVOLUTION_RULES
+    rules: ClassVar[tuple[type[RewriteRule], ...]] = (
+        FoldBatchNorm,
+        FoldConvScale,
+        FoldConvBias,
+        AddParallelConvs,
+    )

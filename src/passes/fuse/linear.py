@@ -16,8 +16,9 @@ from ...ir.edit import Builder
 from ...ir.graph import attribute, constant_array, dims_of, static_shape
 from ...ir.match import Match, OpPattern, const, op, var
 from ..base import Context
+from ..cleanup.algebra import DivideByFactor, MergeFactors, MergeSummands
 from ..rules import RewriteRule, RuleGroup
-from .affine import absent, batch_norm, norm_affine, refuse_norm, refuse_weights
+from .affine import FoldBeforeConv, absent, batch_norm, norm_affine, refuse_norm, refuse_weights
 
 _PRODUCTS = ("MatMul", "Gemm")
 
@@ -230,7 +231,8 @@ class ShiftAfterGemm(RewriteRule):
 
 @dataclasses.dataclass(frozen=True)
 class FoldLinear(RuleGroup):
-    """Folds constant factors and summands into the matrix product next to them.
+    """Folds constant factors and summands into the matrix product next to them, or the convolution
+    after them, and into each other. It goes after the fusions that look for such constants.
 
     Mul(Add(MatMul(x, W), b), c)   ->   Add(MatMul(x, W * c), b * c)
     """
@@ -240,4 +242,8 @@ class FoldLinear(RuleGroup):
         ScaleAfterProduct,
         ScaleBeforeProduct,
         ShiftAfterGemm,
+        FoldBeforeConv,
+        MergeFactors,
+        MergeSummands,
+        DivideByFactor,
     )
