@@ -18,6 +18,7 @@ original is no difference either.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -35,6 +36,10 @@ from .feeds import BAND, NON_FINITE, Case, adversarial, assignments, exhaustive,
 from .judge import Difference, compare
 from .region import Record, Region, cut, record
 from .wide import Wide
+
+_FATAL_WHEN_EMPTY = frozenset({"Einsum"})
+"""Operators whose kernel in ONNX Runtime 1.32 divides by a size: one of 0 ends the process. (Pow
+of integers goes through double there, so that it is not exact near the largest ones.)"""
 
 CONTEXTS = (0, 2, 8)
 """Layers of producers added above a region that differs, before it is said to differ: a rule may
@@ -156,6 +161,8 @@ def certify_region(
         try:
             second = OrtRunner(region.after, optimize=False)
         except EdgepassError as error:
+            if not _runs(region, first, seed, dict(dims or {})):
+                return _not_checked("neither region runs")
             why = error.diagnostic.why or error.diagnostic.what
             return _outcome("none", 0, float("inf"), "differs", f"the result is invalid: {why}")
         with second:
@@ -165,11 +172,25 @@ def certify_region(
     return found
 
 
+def _runs(region: Region, runner: Any, seed: int, dims: Mapping[str, int]) -> bool:
+    """Whether the region before runs on any input tried."""
+    values = list(region.before.graph.inputs)
+    for sizes in assignments(values, dims)[:4]:
+        for case in itertools.islice(adversarial(values, sizes, seed, positive=True), 3):
+            try:
+                runner.run(case.feed)
+            except EdgepassError:
+                continue
+            return True
+    return False
+
+
 @dataclasses.dataclass
 class _Findings:
     """What the cases run so far have shown."""
 
     wide: Wide
+    exact: bool = True
     cases: int = 0
     worst: float = 0.0
     refusal: str = ""
@@ -182,7 +203,7 @@ def _run_cases(
     region: Region, first: Any, second: Any, seed: int, dims: Mapping[str, int]
 ) -> Certificate:
     values = list(region.before.graph.inputs)
-    findings = _Findings(Wide(region.before))
+    findings = _Findings(Wide(region.before, first))
     everything = exhaustive(values, all(is_elementwise(n) for n in region.before.graph))
     if everything is not None:
         for feed in everything:
@@ -192,7 +213,11 @@ def _run_cases(
         if findings.cases == len(everything) or findings.failure:
             return _conclude("exhaustive", findings, region)
     positive = _divides_integers(region)
+    used = {n.op_type for model in (region.before, region.after) for n in model.graph}
+    empty, findings.exact = not used & _FATAL_WHEN_EMPTY, "Pow" not in used
     for dims_ in assignments(values, dims):
+        if not empty and 0 in dims_.values():
+            continue
         for case in adversarial(values, dims_, seed, positive=positive):
             _run_case(case, first, second, findings)
             if findings.failure:
@@ -224,12 +249,13 @@ def _run_case(case: Case, first: Any, second: Any, findings: _Findings) -> None:
     if found.other_kind:
         findings.policies.setdefault("differs where the original is not finite")
     if case.kind in BAND and not found.acceptable:
-        if not (found.lost or found.other_kind) and _exact(expected):
+        if not (found.lost or found.other_kind) and _exact(expected) and findings.exact:
             findings.failure = _words(found, case, sizes)
         findings.policies.setdefault("differs near overflow")
         return
     if not found.acceptable and found.error != float("inf"):
-        found = compare(expected, actual, slack=findings.wide.own_errors(case.feed, expected))
+        slack = findings.wide.own_errors(case.feed, expected, nudge=case.kind != "integers")
+        found = compare(expected, actual, slack=slack)
         if found.acceptable:
             findings.notes.setdefault("as far from the original as that is from double precision")
     if not found.acceptable:

@@ -1,5 +1,9 @@
 """A model in double precision: what rounding alone does to the results of the one in float32.
 
+Two things count: how far the float32 results are from those in double precision, and how far the
+latter move when each input moves by a rounding step of float32. A norm of equal numbers is an
+example of the second: its result is noise.
+
 Here: `Wide`. Not here: what is made of it (`judge`).
 """
 
@@ -19,35 +23,36 @@ _FACTOR = 4.0
 
 
 class Wide:
-    """The double-precision twin of a model, made when it is first asked for."""
+    """The double-precision twin of a model, made when it is first asked for.
 
-    def __init__(self, model: ir.Model) -> None:
+    Where there are no kernels in double precision, `runner`, which runs the model itself, stands in
+    for it: then only the second kind of error is seen.
+    """
+
+    def __init__(self, model: ir.Model, runner: Any) -> None:
         self._model = model
+        self._narrow = runner
         self._runner: Any = None
 
     def own_errors(
-        self, feed: Mapping[str, np.ndarray], results: Sequence[Any], factor: float = _FACTOR
+        self, feed: Mapping[str, np.ndarray], results: Sequence[Any], *, nudge: bool = True
     ) -> list[float]:
-        """`factor` times the largest absolute error of each of the model's own float results.
+        """Four times the largest absolute error of each of the model's own float results.
 
-        Zeros where the model computes in no float32, or has no kernels in double precision.
+        Zeros where the model computes in no float32. Without `nudge` only the first kind of error
+        counts, for inputs where functions jump.
         """
-        none = [0.0] * len(results)
+        nudged = {k: _nudged(v) for k, v in feed.items()} if nudge else dict(feed)
         try:
             runner = self._twin()
             exact = list(runner.run({k: _widen(v) for k, v in feed.items()}).values())
+            moved = list(runner.run({k: _widen(v) for k, v in nudged.items()}).values())
         except EdgepassError:
-            return none
-        found = []
-        for narrow, wide in zip(results, exact, strict=True):
-            a = np.asarray(narrow)
-            if a.dtype != np.float32 or a.shape != np.shape(wide) or a.size == 0:
-                found.append(0.0)
-                continue
-            with np.errstate(all="ignore"):
-                gap = np.abs(a.astype(np.float64) - np.asarray(wide, np.float64))
-            found.append(factor * float(gap[np.isfinite(gap)].max(initial=0.0)))
-        return found
+            exact, moved = list(results), list(self._narrow.run(nudged).values())
+        return [
+            _FACTOR * max(_gap(a, b), _gap(c, b)) if np.asarray(a).dtype == np.float32 else 0.0
+            for a, b, c in zip(results, exact, moved, strict=True)
+        ]
 
     def _twin(self) -> Any:
         from ...targets.onnxruntime import OrtRunner
@@ -93,3 +98,23 @@ def _tensor(tensor: ir.TensorProtocol, name: str | None) -> ir.TensorProtocol:
 
 def _widen(array: np.ndarray) -> np.ndarray:
     return array.astype(np.float64) if array.dtype == np.float32 else array
+
+
+def _nudged(array: np.ndarray) -> np.ndarray:
+    """Every other number a rounding step up, the others one down, in no pattern."""
+    if array.dtype != np.float32:
+        return array
+    up = np.random.default_rng(0).random(array.shape) < 0.5
+    with np.errstate(all="ignore"):
+        moved = np.nextafter(array, np.where(up, np.float32(np.inf), np.float32(-np.inf)))
+    return np.where(np.isfinite(array), moved, array)
+
+
+def _gap(a: Any, b: Any) -> float:
+    """The largest absolute difference where both are finite; 0 where shapes differ."""
+    x, y = np.asarray(a), np.asarray(b)
+    if x.shape != y.shape:
+        return 0.0
+    with np.errstate(all="ignore"):
+        gap = np.abs(x.astype(np.float64) - y.astype(np.float64))
+    return float(gap[np.isfinite(gap)].max(initial=0.0))
