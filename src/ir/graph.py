@@ -23,6 +23,8 @@ Dim = int | ir.SymbolicDim
 
 ONNX_DOMAINS = frozenset({"", "ai.onnx"})
 CONTRIB_DOMAIN = "com.microsoft"
+RUNTIME_OWN = frozenset({"SimplifiedLayerNormalization"})
+"""Operators that ONNX Runtime registers in the standard domain, and ONNX does not know."""
 _NAMES = "edgepass.names"
 _WITH_SUBGRAPHS = frozenset({"If", "Loop", "Scan", "SequenceMap"})
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 import onnx_ir as ir
 
 from ..errors import Diagnostic, InvalidGraphError
-from .graph import ONNX_DOMAINS, describe_node, node_subgraphs
+from .graph import ONNX_DOMAINS, RUNTIME_OWN, describe_node, node_subgraphs
 
 Finding = Diagnostic
 
@@ -205,7 +205,7 @@ def _check_signature(node: ir.Node, opsets: dict[str, int], model: ir.Model) -> 
     version = opsets.get("", opsets.get("ai.onnx", 1))
     signature = _signature(node.op_type, version)
     if signature is None:
-        if node.op_identifier() not in model.functions:
+        if node.op_identifier() not in model.functions and node.op_type not in RUNTIME_OWN:
             yield _finding(
                 f"There is no operator {node.op_type!r} in opset {version}",
                 describe_node(node),

@@ -11,12 +11,9 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from ..ir.graph import CONTRIB_DOMAIN, ONNX_DOMAINS
+from ..ir.graph import CONTRIB_DOMAIN, ONNX_DOMAINS, RUNTIME_OWN
 from ..targets.target import No, Runtime
 from .base import Context
-
-RUNTIME_OWN = frozenset({"SimplifiedLayerNormalization"})
-"""Operators that ONNX Runtime registers in the standard domain, and ONNX does not know."""
 
 
 def missing_operator(

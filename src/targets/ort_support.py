@@ -126,7 +126,8 @@ def ort_supports(
         return Yes()
     # A body's own operators have hardly any kernels in the types that numpy lacks.
     plain = not any(t.startswith(_EXOTIC) for _, _, t in types)
-    if plain and _has_function_body(domain, node.op_type, schema.since_version):
+    actual = types[0][2] if types else ""
+    if plain and _runs_as_function(domain, node.op_type, _version(domain, opset), actual):
         return Yes("as its function body, expanded by ONNX Runtime")
     if any(_fits(kernel, _as_float(types)) for kernel in kernels):
         return Yes("in float32, between casts that ONNX Runtime inserts")
@@ -179,13 +180,47 @@ def _as_float(types: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
     return [(n, c, "tensor(float)" if t == "tensor(float16)" else t) for n, c, t in types]
 
 
-def _has_function_body(domain: str, op_type: str, version: int) -> bool:
+@functools.cache
+def _runs_as_function(domain: str, op_type: str, opset: int, actual: str) -> bool:
+    """Whether the operator is defined as a function that the runtime expands and has kernels for.
+
+    It expands a body only while no operator of it has changed since the body was written (seen
+    with 1.32: LeakyRelu of float64 fails at opset 20). `actual` is the type of the first input,
+    which the body's own operators must take.
+    """
+    import onnx
     import onnx.defs
 
-    if domain or not onnx.defs.has(op_type, version, ""):
+    if domain or not onnx.defs.has(op_type, opset, ""):
         return False
-    schema: Any = onnx.defs.get_schema(op_type, version, "")
-    return bool(schema.has_function or schema.has_context_dependent_function)
+    schema: Any = onnx.defs.get_schema(op_type, opset, "")
+    if schema.has_context_dependent_function:
+        return True
+    written = [v for v in schema.function_opset_versions if v <= opset]
+    if not schema.has_function or not written:
+        return False
+    text = schema.get_function_with_opset_version(max(written))
+    body = onnx.FunctionProto.FromString(text)
+    return all(
+        _same_operator(node.op_type, max(written), opset) and _takes(node.op_type, actual)
+        for node in body.node
+    )
+
+
+def _same_operator(op_type: str, written: int, opset: int) -> bool:
+    import onnx.defs
+
+    versions = {onnx.defs.get_schema(op_type, v, "").since_version for v in (written, opset)}
+    return len(versions) == 1
+
+
+def _takes(op_type: str, actual: str) -> bool:
+    """Whether some kernel of the operator takes the type; true where there is none to ask."""
+    kernels = kernel_support().get(("", op_type), ())
+    return not kernels or any(
+        not kernel.types or any(actual in allowed for allowed in kernel.types.values())
+        for kernel in kernels
+    )
 
 
 def _taken(kernels: list[Kernel], types: list[tuple[str, str, str]]) -> str:
