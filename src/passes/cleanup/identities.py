@@ -19,7 +19,7 @@ from ...ir.match import Match, OpPattern, const, op, var
 from ..base import Context, Stage
 from ..rules import RewriteRule, RuleGroup
 from .conditions import CleanupRule, must_stay, same_shape
-from .reshapes import MergeReshapes
+from .reshapes import MergeReshapes, UndoAxes
 from .transposes import MergeTransposes
 
 
@@ -248,6 +248,7 @@ class Identities(RuleGroup):
         RemoveSingle,
         RemoveTranspose,
         MergeTransposes,
+        UndoAxes,
         MergeReshapes,
         MergeIdempotent,
         RemoveInversePair,

@@ -92,6 +92,33 @@ def _target(m: Match) -> np.ndarray | None:
 
 
 @dataclasses.dataclass(frozen=True)
+class UndoAxes(CleanupRule):
+    """Unsqueeze(Squeeze(x, a), a) -> x, Squeeze(Unsqueeze(x, a), a) -> x, whatever the shape."""
+
+    def pattern(self) -> tuple[OpPattern, ...]:
+        a, b, x = const("a"), const("b"), var("x")
+        return (
+            op.Unsqueeze(op.Squeeze(x, a, _shared=True), b),
+            op.Squeeze(op.Unsqueeze(x, a, _shared=True), b),
+        )
+
+    def check(self, m: Match, context: Context) -> str | None:
+        first, second = (m.array(name).reshape(-1) for name in ("a", "b"))
+        dims = dims_of(m["x"])
+        if np.any(first < 0) or np.any(second < 0):
+            if dims is None:
+                return "axes are counted from the end, and the rank is not known"
+            rank = len(dims) + (0 if is_onnx_op(m.root, "Unsqueeze") else len(first))
+            first, second = first % rank, second % rank
+        if sorted(first.tolist()) != sorted(second.tolist()):
+            return "the axes are not the same"
+        return must_stay(m.root.outputs[0], m["x"])
+
+    def rewrite(self, m: Match, build: Builder) -> ir.Value:
+        return m["x"]
+
+
+@dataclasses.dataclass(frozen=True)
 class MergeAxes(CleanupRule):
     """Squeeze(Squeeze(x, a), b) -> Squeeze(x, a and b); Unsqueeze likewise, whatever the shape."""
 
@@ -400,6 +427,7 @@ class StackByReshape(CleanupRule):
 
 
 RESHAPE_RULES: tuple[type[RewriteRule], ...] = (
+    UndoAxes,
     MergeAxes,
     MergeReshapes,
     ReshapePastElementwise,

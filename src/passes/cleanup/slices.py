@@ -42,6 +42,7 @@ from .conditions import (
 from .reshapes import RESHAPES
 
 _END = (1 << 63) - 1
+_SMALL = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -450,7 +451,10 @@ def _reshaped_indices(build: Builder, value: ir.Value, shape: tuple[int, ...]) -
 
 def _alike(value: ir.Value, node: ir.Node) -> bool:
     """Whether all users of a constant are of the kind of `node`, and will be rewritten like it:
-    else its bytes would be stored twice."""
+    else its bytes would be stored twice, which matters where they are many."""
+    tensor = constant_tensor(value)
+    if tensor is not None and tensor.nbytes <= _SMALL:
+        return True
     return all(user.op_type == node.op_type and index == 1 for user, index in value.uses())
 
 
