@@ -18,6 +18,7 @@ import onnx_ir as ir
 from ...errors import EdgepassError
 from ...ir.graph import graph_tree
 
+_NUDGES = 3
 _FACTOR = 4.0
 """Another order of the same arithmetic has errors of the same size, not the same errors."""
 
@@ -42,16 +43,20 @@ class Wide:
         Zeros where the model computes in no float32. Without `nudge` only the first kind of error
         counts, for inputs where functions jump.
         """
-        nudged = {k: _nudged(v) for k, v in feed.items()} if nudge else dict(feed)
+        seeds = range(_NUDGES if nudge else 0)
+        nudged = [{k: _nudged(v, seed) for k, v in feed.items()} for seed in seeds]
         try:
             runner = self._twin()
             exact = list(runner.run({k: _widen(v) for k, v in feed.items()}).values())
-            moved = list(runner.run({k: _widen(v) for k, v in nudged.items()}).values())
+            moved = [runner.run({k: _widen(v) for k, v in item.items()}) for item in nudged]
         except EdgepassError:
-            exact, moved = list(results), list(self._narrow.run(nudged).values())
+            exact, moved = list(results), [self._narrow.run(item) for item in nudged]
+        others = [list(results), *(list(item.values()) for item in moved)]
         return [
-            _FACTOR * max(_gap(a, b), _gap(c, b)) if np.asarray(a).dtype == np.float32 else 0.0
-            for a, b, c in zip(results, exact, moved, strict=True)
+            _FACTOR * max(_gap(other[index], wide) for other in others)
+            if np.asarray(results[index]).dtype == np.float32
+            else 0.0
+            for index, wide in enumerate(exact)
         ]
 
     def _twin(self) -> Any:
@@ -100,11 +105,11 @@ def _widen(array: np.ndarray) -> np.ndarray:
     return array.astype(np.float64) if array.dtype == np.float32 else array
 
 
-def _nudged(array: np.ndarray) -> np.ndarray:
-    """Every other number a rounding step up, the others one down, in no pattern."""
+def _nudged(array: np.ndarray, seed: int) -> np.ndarray:
+    """Some numbers a rounding step up, the others one down, in no pattern."""
     if array.dtype != np.float32:
         return array
-    up = np.random.default_rng(0).random(array.shape) < 0.5
+    up = np.random.default_rng(seed).random(array.shape) < 0.5
     with np.errstate(all="ignore"):
         moved = np.nextafter(array, np.where(up, np.float32(np.inf), np.float32(-np.inf)))
     return np.where(np.isfinite(array), moved, array)
