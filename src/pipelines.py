@@ -31,6 +31,8 @@ from .passes.fuse.einsum import EinsumForms
 from .passes.fuse.gemm import GemmForms
 from .passes.fuse.linear import FoldLinear
 from .passes.fuse.normalizations import FuseNormalizations
+from .passes.fuse.row_selection import SelectEarly
+from .passes.fuse.talking_heads import MixedHeads
 from .passes.fuse.tidy import Tidy
 from .passes.legalize import Legalize
 from .passes.lower.attention import AttentionForms
@@ -57,6 +59,8 @@ GROUPS: dict[str, tuple[type[Pass], ...]] = {
         FuseNormalizations,
         EinsumForms,
         FuseAttention,
+        MixedHeads,
+        SelectEarly,
         FoldLinear,
         GemmForms,
         Tidy,
