@@ -249,7 +249,7 @@ def optimize(
         if not big:
             reference.start(graph)
         notes = [*load_notes(graph), *to_supported_opset(graph)]
-        graph, ledger = run_passes(graph, chosen, context)
+        graph, ledger = run_passes(graph, chosen, context, quick=True)
         require_placed(place(device, graph))
         files = [] if place_to_write is None else _write(graph, place_to_write, mapped)
         if files:  # what was folded is in the file now, and need not be in memory too

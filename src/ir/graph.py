@@ -187,7 +187,8 @@ def _constant_node_tensor(node: ir.Node) -> ir.TensorProtocol | None:
             return None
         match name:
             case "value":
-                return attribute.as_tensor()
+                tensor: ir.TensorProtocol = attribute.value  # as_tensor() checks a slow protocol
+                return tensor
             case "value_float":
                 return ir.Tensor(np.array(attribute.as_float(), np.float32))
             case "value_int":
@@ -261,7 +262,7 @@ def add_initializer(
 ) -> ir.Value:
     """Register a new initializer under a fresh name and return its value, shape and dtype set."""
     name = fresh_name(graph, base_name)
-    tensor = ir.tensor(data) if isinstance(data, np.ndarray) else data
+    tensor = ir.Tensor(data) if isinstance(data, np.ndarray) else data
     tensor.name = name
     value = ir.Value(
         name=name,

@@ -40,6 +40,7 @@ class _Progress:
     probe: Probe | None = None
     first: dict[str, np.ndarray] | None = None
     before_names: list[str] = dataclasses.field(default_factory=list)
+    quick: bool = False
 
 
 def sort_by_stage(passes: Sequence[Pass]) -> list[Pass]:
@@ -54,11 +55,13 @@ def run_passes(
     *,
     probe: Probe | None = None,
     after_pass: Callable[[Pass, ir.Model], None] | None = None,
+    quick: bool = False,
 ) -> tuple[ir.Model, Ledger]:
     """Run passes over a model, which may be changed in place.
 
     `probe` makes each modifying pass report its numeric error against the model before it.
-    `after_pass` is called with each pass that changed the model, and the model.
+    `after_pass` is called with each pass that changed the model, and the model. `quick` leaves the
+    MACs of models with dynamic shapes out of the ledger.
 
     Raises:
         InvalidGraphError: the model is unsound before the first pass.
@@ -74,11 +77,12 @@ def run_passes(
         model,
         context,
         Ledger(),
-        measure(model, context.dims),
+        measure(model, context.dims, infer=not quick),
         reference,
         unchecked,
         None if reference is None else probe,
         reference,
+        quick=quick,
     )
     ordered = sort_by_stage(passes)
     total = len(ordered)
@@ -148,7 +152,7 @@ def _run_one(state: _Progress, item: Pass) -> LedgerRow:
     error, note = None, state.unchecked
     if result.modified:
         _check_after(state, item, signature)
-        state.current = measure(result.model, state.context.dims)
+        state.current = measure(result.model, state.context.dims, infer=not state.quick)
         if state.probe is not None:
             after = dict(state.probe.run(result.model))
             assert state.reference is not None

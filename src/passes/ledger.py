@@ -32,10 +32,13 @@ class Measure:
     macs: int | None
 
 
-def measure(model: ir.Model, dims: Mapping[str, int] | None = None) -> Measure:
+def measure(
+    model: ir.Model, dims: Mapping[str, int] | None = None, *, infer: bool = True
+) -> Measure:
     """Count nodes, stored bytes and MACs, symbolic dimensions at the sizes in `dims`.
 
-    Where shapes do not follow from the input's symbols, they are inferred anew at those sizes.
+    Where shapes do not follow from the input's symbols, they are inferred anew at those sizes;
+    without `infer` the MACs of a model with such dimensions are left out.
     """
     stored = 0
     for graph in graphs(model):
@@ -47,8 +50,9 @@ def measure(model: ir.Model, dims: Mapping[str, int] | None = None) -> Measure:
                 for attribute in node.attributes.values():
                     if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
                         stored += attribute.as_tensor().nbytes
-    macs = graph_macs(model.graph, dims, model.functions)
-    if macs is None and dims and is_dynamic(model):
+    dynamic = is_dynamic(model)
+    macs = graph_macs(model.graph, dims, model.functions) if infer or not dynamic else None
+    if macs is None and infer and dims and dynamic:
         twin = static_twin(model, dims)
         macs = graph_macs(twin.graph, dims, twin.functions)
     return Measure(node_count(model), stored, macs)

@@ -18,6 +18,7 @@ from ...ir.shapes import ShapeReport, infer_shapes
 from ..base import Context, Pass, PassResult, Stage
 
 _MAX_TRIES = 8
+_TRIED = "edgepass.branches_tried"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,7 @@ class FoldBranches(Pass):
         inliner = _Inliner(infer_shapes(model), _name_counts(model))
         inliner.visit(model.graph)
         count, forced = inliner.count, 0
-        tried: set[int] = set()
+        tried: set[str] = model.meta.setdefault(_TRIED, set())  # in this and in earlier rounds
         while True:
             found = _only_possible(model, tried)
             if found is None:
@@ -68,17 +69,18 @@ _Path = tuple[tuple[int, str], ...]
 branch; then its own index, and ''."""
 
 
-def _only_possible(model: ir.Model, tried: set[int]) -> tuple[ir.Node, bool] | None:
+def _only_possible(model: ir.Model, tried: set[str]) -> tuple[ir.Node, bool] | None:
     """The first If of which one branch contradicts what follows, and whether the other is `then`.
 
     Of an If inside branches, what follows is what does if they are taken.
     """
     for path, node in _undecided(model.graph):
-        if id(node) in tried:
+        name = node.outputs[0].name or ""
+        if name in tried:
             continue
         if len(tried) >= _MAX_TRIES:
             break
-        tried.add(id(node))
+        tried.add(name)
         possible = [_succeeds(model, path, taken=taken) for taken in (True, False)]
         if possible[0] != possible[1]:
             return node, possible[0]
