@@ -183,6 +183,12 @@ def convolution(weight: int = 1, bias: int | None = 2, per_element: int = 0) -> 
     return formula
 
 
+def convolution_fused(op: Operands) -> Work:
+    """A convolution, and a flop an element each for the activation and the summand, input 3."""
+    extra = (1 if op.attr("activation") else 0) + (1 if op.has(3) else 0)
+    return convolution(per_element=extra)(op)
+
+
 def convolution_transposed(op: Operands) -> Work:
     """Input elements x (output channels per group x kernel size): weight is (C, M/group, k...)."""
     bias = op.output_size() if op.has(2) else 0
@@ -231,6 +237,8 @@ def matmul(a: int = 0, bias: int | None = None, per_element: int = 0) -> Formula
         axis = -2 if op.attr("transA", 0) and len(shape) > 1 else -1
         outputs = op.output_size()
         flops = per_element + (1 if bias is not None and op.has(bias) else 0)
+        if op.attr("alpha", 1.0) != 1.0:  # FusedMatMul
+            flops += 1
         return Work(outputs * shape[axis], outputs * flops)
 
     return formula

@@ -352,7 +352,7 @@ def _contrib_compute() -> None:
         ms,
         Category.CONVOLUTION,
         "FusedConv NhwcFusedConv",
-        formula=costs.convolution(per_element=1),
+        formula=costs.convolution_fused,
         **conv,
     )
     _add(ms, Category.CONVOLUTION, "NhwcConv", formula=costs.convolution(), **conv)
