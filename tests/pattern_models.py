@@ -45,6 +45,7 @@ class PatternModel:
         self.graph = graph
         self.engine = ShapeInference(self.model)
         self.bound: dict[str, ir.Value] = {}
+        self.made: dict[str | int, ir.Value] = {}
         self.count = 0
         self.symbolic = self.rng.random() < 0.3
         kinds = [ir.DataType.FLOAT] * 8 + [ir.DataType.DOUBLE, ir.DataType.INT32, ir.DataType.INT64]
@@ -61,6 +62,7 @@ class PatternModel:
             self.bound = {k: v for k, v in self.bound.items() if k not in constants}
             if self.rng.random() < 0.5:
                 self.bound.update(constants)
+            self.made.clear()
             results.append(self.build(pattern, self.base, self.dtype))
         for value in results:
             node = value.producer()
@@ -96,6 +98,15 @@ class PatternModel:
         return self.operator(pattern, shape, dtype)
 
     def operator(self, pattern: OpPattern, shape: Shape | None, dtype: ir.DataType) -> ir.Value:
+        """The node of a pattern. One that occurs again, by name or as the same object, mostly is
+        the same node."""
+        key = pattern.name or id(pattern)
+        if key in self.made and self.rng.random() < 0.85:
+            return self.made[key]
+        self.made[key] = made = self.new_operator(pattern, shape, dtype)
+        return made
+
+    def new_operator(self, pattern: OpPattern, shape: Shape | None, dtype: ir.DataType) -> ir.Value:
         op_type = self.pick(pattern.op_types)
         shape = None if shape is not None and self.rng.random() < 0.1 else shape
         wanted = {k: list(v) if isinstance(v, tuple) else v for k, v in pattern.attributes}

@@ -7,6 +7,8 @@ test.
 
 from __future__ import annotations
 
+import math
+
 import onnx
 import onnx.parser
 
@@ -73,12 +75,53 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         { m = ReduceMean(x, a)  c = Sub(x, m)  q = Pow(c, two)  v = ReduceMean(q, a)
           w = Add(v, eps)  d = Sqrt(w)  z = Div(c, d) }""",
     ),
+    "remove_resize": (
+        """g (float[1, 2, 5, 4] x) => (float[1, 2, 5, 4] z)
+        <float[4] s = {1, 1, 1, 1}, float[0] roi = {}>
+        { r = Resize<mode = "linear">(x, roi, s)  z = Relu(r) }""",
+        """g (float[1, 2, 5, 4] x) => (float[1, 2, 5, 4] z)
+        { p = MaxPool<kernel_shape = [1, 1]>(x)  z = Relu(p) }""",
+    ),
+    "same_order": (
+        """g (float[n, 2, 3, 4] x) => (float[n, 24] z)
+        <int64[2] s = {0, 24}>
+        { a = Transpose<perm = [0, 2, 1, 3]>(x)  b = Transpose<perm = [0, 2, 1, 3]>(a)
+          z = Reshape(b, s) }""",
+    ),
+    "select_rows_earlier": (
+        """g (float[n, 5, 4] x, float[4, 3] w) => (float[n, 3] z)
+        <int64 i = {0}> { p = MatMul(x, w)  r = Relu(p)  z = Gather<axis = 1>(r, i) }""",
+    ),
     "conv_residual": (
         """g (float[1, 2, 5, 5] x) => (float[1, 2, 5, 5] z)
         <float[2, 2, 1, 1] w = {0.5, -1, 2, 0.25}, float[2, 2, 1, 1] u = {1, -1, 0.5, 0.25}>
         { a = Conv(x, w)  r = Relu(a)  b = Conv(r, u)  z = Add(b, a) }""",
     ),
 }
+
+
+def _weight(name: str, *shape: int) -> str:
+    """An initializer of numbers that look random, in text form."""
+    count = math.prod(shape)
+    numbers = ", ".join(f"{math.sin(len(name) + 1.7 * i):.4f}" for i in range(count))
+    return f"float[{', '.join(map(str, shape))}] {name} = {{{numbers}}}"
+
+
+EXAMPLES["attention"] = (
+    """g (float[n, 12, 6] x, float[6, 6] a, float[6, 6] b, float[6, 6] c) => (float[n, 12, 6] z)
+    <int64[4] h = {0, 0, 2, 3}, int64[3] s = {0, 0, 6}, float k = {0.57735}>
+    { p = MatMul(x, a)  ph = Reshape(p, h)  q = Transpose<perm = [0, 2, 1, 3]>(ph)
+      r = MatMul(x, b)  rh = Reshape(r, h)  kt = Transpose<perm = [0, 2, 3, 1]>(rh)
+      t = MatMul(x, c)  th = Reshape(t, h)  v = Transpose<perm = [0, 2, 1, 3]>(th)
+      w = MatMul(q, kt)  ws = Mul(w, k)  y = Softmax<axis = -1>(ws)  o = MatMul(y, v)
+      ot = Transpose<perm = [0, 2, 1, 3]>(o)  z = Reshape(ot, s) }""",
+)
+EXAMPLES["packed_attention"] = (
+    f"""g (float[n, 5, 8] x) => (float[n, 5, 32] z)
+    <{_weight("a", 8, 32)}, {_weight("bb", 8, 32)}, {_weight("ccc", 8, 32)}>
+    {{ q = MatMul(x, a)  k = MatMul(x, bb)  v = MatMul(x, ccc)
+      z = com.microsoft.MultiHeadAttention<num_heads = 2>(q, k, v) }}""",
+)
 
 
 def examples(rule: str, opset: int) -> list[onnx.ModelProto]:

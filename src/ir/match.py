@@ -209,8 +209,8 @@ def match(pattern: OpPattern, node: ir.Node) -> Match | Mismatch:
     """Match a pattern with `node` as its root.
 
     A value inside the match that is used outside it is a mismatch (it could not be removed),
-    unless its pattern says `_shared=True`. The operands of a commutative root are then tried the
-    other way round.
+    unless its pattern says `_shared=True`. A name is one node wherever it occurs. The operands of a
+    commutative root are then tried the other way round.
     """
     best: Mismatch | None = None
     for order in _orders(pattern):
@@ -283,9 +283,10 @@ def _match_node(
         saved = found._snapshot()
         failure = _match_inputs(order, node, found, depth + 1)
         if failure is None:
-            if pattern.name:
-                found.nodes[pattern.name] = node
-            return None
+            bound = found.nodes.setdefault(pattern.name, node) if pattern.name else node
+            if bound is node:
+                return None
+            failure = Mismatch(f"{pattern.name!r} stands for two nodes", node, depth + 1)
         if best is None or failure.depth > best.depth:
             best = failure
     return best

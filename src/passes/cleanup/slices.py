@@ -622,6 +622,8 @@ class ShapePart(CleanupRule):
     def check(self, m: Match, context: Context) -> str | None:
         if dims_of(m["x"]) is None:
             return "the rank is not known"
+        if context.opsets.get("", 0) < 15:
+            return "Shape gives a part of the shape from opset 15 on"
         if m.attribute("shape", "start", 0) or m.attribute("shape", "end") is not None:
             return "it is a part already"
         dims = dims_of(m.root.outputs[0])

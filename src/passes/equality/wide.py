@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ...errors import EdgepassError
-from ...ir.graph import graph_tree
+from ...ir.graph import attribute, graph_tree, is_onnx_op
 
 _NUDGES = 3
 _FACTOR = 4.0
@@ -78,9 +78,54 @@ def in_double(model: ir.Model) -> ir.Model:
         for value in (*graph.inputs, *graph.outputs, *(v for n in graph for v in n.outputs)):
             if value.dtype == ir.DataType.FLOAT:
                 value.type = ir.TensorType(ir.DataType.DOUBLE)
-        for node in graph:
+        for node in list(graph):
             _widen_attributes(node)
+            if is_onnx_op(node, "InstanceNormalization") and node.inputs[0] is not None:
+                _spell_out(node, node.inputs[0], graph)
     return twin
+
+
+def _spell_out(node: ir.Node, x: ir.Value, graph: ir.Graph) -> None:
+    """InstanceNormalization has no kernel in double precision; its parts have.
+
+    ONNX operator InstanceNormalization: scale * (x - mean) / sqrt(variance + epsilon) + bias.
+    """
+    if x.shape is None or len(x.shape) < 3:
+        return
+    rank, epsilon = len(x.shape), attribute(node, "epsilon", 1e-5)
+    made: list[ir.Node] = []
+
+    def add(op_type: str, *inputs: ir.Value | None, **attributes: int | list[int]) -> ir.Value:
+        options = ir.convenience.convert_attributes(attributes)
+        made.append(ir.Node("", op_type, inputs, options, num_outputs=1))
+        made[-1].outputs[0].name = f"{node.outputs[0].name}/wide{len(made)}"
+        return made[-1].outputs[0]
+
+    def constant(array: np.ndarray) -> ir.Value:
+        value = add("Constant")
+        made[-1].attributes["value"] = ir.AttrTensor("value", ir.tensor(array))
+        return value
+
+    spatial = list(range(2, rank))
+    late = int(graph.opset_imports.get("", 18)) >= 18
+
+    def mean(value: ir.Value) -> ir.Value:
+        if late:
+            return add("ReduceMean", value, constant(np.array(spatial, np.int64)))
+        return add("ReduceMean", value, axes=spatial)
+
+    per_channel = constant(np.array([-1, *[1] * (rank - 2)], np.int64))
+    centred = add("Sub", x, mean(x))
+    variance = add("Add", mean(add("Mul", centred, centred)), constant(np.array(epsilon)))
+    normal = add("Div", centred, add("Sqrt", variance))
+    scaled = add("Mul", normal, add("Reshape", node.inputs[1], per_channel))
+    result = add("Add", scaled, add("Reshape", node.inputs[2], per_channel))
+    graph.insert_before(node, made)
+    old = node.outputs[0]
+    result.name, old.name = old.name, f"{old.name}/narrow"
+    result.type = old.type
+    ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
 
 
 def _widen_attributes(node: ir.Node) -> None:

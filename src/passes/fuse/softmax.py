@@ -111,9 +111,22 @@ class NormForm(RewriteRule):
     def check(self, m: Match, context: Context) -> str | None:
         if m["x"].dtype is None or not m["x"].dtype.is_floating_point():
             return "it does not compute in a float type"
+        axes = [v for v in m.node("sum").inputs[1:] if v is not None]
+        if context.opsets.get("", 0) < 18:  # axes are an attribute, and empty ones are all
+            if axes and constant_array(axes[0]) is None:
+                return "ReduceL2 takes axes that are computed from opset 18 on"
+            if m.attribute("sum", "noop_with_empty_axes", 0):
+                return "ReduceL2 has noop_with_empty_axes from opset 18 on"
         return missing_operator(context, "ReduceL2", (m["x"],))
 
     def rewrite(self, m: Match, build: Builder) -> ir.Value:
         total = m.node("sum")
         options = {a.name: a.value for a in total.attributes.values()}
-        return build.node("ReduceL2", m["x"], *total.inputs[1:], **options).outputs[0]
+        inputs = total.inputs[1:]
+        if inputs and build.opset < 18:  # ReduceSum took axes as an input five versions earlier
+            axes = constant_array(inputs[0])
+            if axes is not None and axes.size:
+                options["axes"] = [int(a) for a in axes.reshape(-1)]
+            inputs = ()
+            options.pop("noop_with_empty_axes", None)
+        return build.node("ReduceL2", m["x"], *inputs, **options).outputs[0]
