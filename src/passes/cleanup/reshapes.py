@@ -232,36 +232,6 @@ def _reduced(dims: tuple[Dim, ...], axes: tuple[int, ...], *, keep: bool) -> lis
 
 
 @dataclasses.dataclass(frozen=True)
-class PoolIsMean(CleanupRule):
-    """Flatten | Reshape | Squeeze of GlobalAveragePool(x) to its first two dimensions ->
-    ReduceMean(x, spatial axes, keepdims=0)."""
-
-    def pattern(self) -> OpPattern:
-        return op.one_of(RESHAPES, op.GlobalAveragePool(var("x")), _rest=True)
-
-    def check(self, m: Match, context: Context) -> str | None:
-        dims, out = dims_of(m["x"]), dims_of(m.root.outputs[0])
-        if dims is None or out is None or len(dims) < 3:
-            return "a shape is not known"
-        if len(out) != 2 or out[1] != dims[1] or not isinstance(out[1], int):
-            return "the result is not [batch, channels]"
-        return None if same_batch(out[0], dims[0]) else "the result is not [batch, channels]"
-
-    def rewrite(self, m: Match, build: Builder) -> ir.Value:
-        dims = dims_of(m["x"])
-        assert dims is not None
-        value: ir.Value = build.ReduceMean(
-            m["x"], np.arange(2, len(dims), dtype=np.int64), keepdims=0
-        )
-        return value
-
-
-def same_batch(a: Dim, b: Dim) -> bool:
-    """Equal sizes or names. With the rest of both shapes equal, unnamed ones are equal too."""
-    return a == b or (not isinstance(a, int) and not isinstance(b, int))
-
-
-@dataclasses.dataclass(frozen=True)
 class MergeReductions(CleanupRule):
     """ReduceX(ReduceX(x, a), b) -> ReduceX(x, a and b), X one of Sum, Mean, Max, Min, Prod."""
 
@@ -432,7 +402,6 @@ RESHAPE_RULES: tuple[type[RewriteRule], ...] = (
     MergeReshapes,
     ReshapePastElementwise,
     ReduceKeepsDims,
-    PoolIsMean,
     MergeReductions,
     ReduceOfOne,
     ReshapeAroundGemm,
