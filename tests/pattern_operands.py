@@ -222,7 +222,7 @@ def _movement(
             return np.array([int(rng.choice([1, 2, 2, -1, 2**31, 2**63 - 1]))], np.int64)
         case "Gather", 1:
             axis = int(attributes.get("axis", 0))
-            size = sizes[axis] if -rank <= axis < rank else 1
+            size = max(1, sizes[axis]) if -rank <= axis < rank else 1
             choice = rng.random()
             if choice < 0.35:
                 return np.array(int(rng.integers(-size, size)), np.int64)

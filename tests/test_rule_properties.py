@@ -53,6 +53,16 @@ def runs(model: ir.Model) -> bool:
     return False
 
 
+def only_noise(model: ir.Model) -> bool:
+    """Whether it norms single numbers: 0 in exact arithmetic, what rounding leaves of it in ours."""
+    return any(
+        node.op_type == "InstanceNormalization"
+        and node.inputs[0].shape is not None
+        and all(d == 1 for d in node.inputs[0].shape.dims[2:])
+        for node in model.graph
+    )
+
+
 def certificates(rule, model: ir.Model) -> list[Certificate]:
     """Run a rule on a copy of a model; the certificates of its firings.
 
@@ -76,7 +86,7 @@ def certificates(rule, model: ir.Model) -> list[Certificate]:
     for kind in ("inputs", "outputs"):
         old, new = (interface(getattr(m.graph, kind)) for m in (model, copy))
         failure = failure or interface_difference(kind[:-1], old, new)
-    if (failure or certifier.certificates) and not runs(model):
+    if (failure or certifier.certificates) and (only_noise(model) or not runs(model)):
         return []
     assert not failure, f"{failure}\n{shown}"
     return certifier.certificates

@@ -45,19 +45,23 @@ class Wide:
         """
         seeds = range(_NUDGES if nudge else 0)
         nudged = [{k: _nudged(v, seed) for k, v in feed.items()} for seed in seeds]
+        narrow = [list(self._narrow.run(item).values()) for item in nudged]
         try:
-            runner = self._twin()
-            exact = list(runner.run({k: _widen(v) for k, v in feed.items()}).values())
-            moved = [runner.run({k: _widen(v) for k, v in item.items()}) for item in nudged]
+            exact = self._in_double(feed)
+            moved = [self._in_double(item) for item in nudged]
         except EdgepassError:
-            exact, moved = list(results), [self._narrow.run(item) for item in nudged]
-        others = [list(results), *(list(item.values()) for item in moved)]
+            exact, moved = list(results), narrow
+        pairs = [(list(results), exact), *((wide, exact) for wide in moved)]
+        pairs += zip(narrow, moved, strict=True)  # the first kind again: one sample may be lucky
         return [
-            _FACTOR * max(_gap(other[index], wide) for other in others)
+            _FACTOR * max(_gap(a[index], b[index]) for a, b in pairs)
             if np.asarray(results[index]).dtype == np.float32
             else 0.0
-            for index, wide in enumerate(exact)
+            for index in range(len(exact))
         ]
+
+    def _in_double(self, feed: Mapping[str, np.ndarray]) -> list[Any]:
+        return list(self._twin().run({k: _widen(v) for k, v in feed.items()}).values())
 
     def _twin(self) -> Any:
         from ...targets.onnxruntime import OrtRunner
