@@ -20,7 +20,7 @@ from .errors import EdgepassError, UnsupportedOpError, UsageError
 from .frontends import load_model, load_notes, to_supported_opset
 from .ir.graph import all_nodes, graph_tree
 from .ir.sizing import check_dims, dim_name, fix_dims, is_dynamic, static_twin
-from .passes.base import Context, Feed, Pass
+from .passes.base import Context, Feed, Pass, Stage
 from .passes.bisect import BisectResult, bisect_passes
 from .passes.driver import run_passes, sort_by_stage
 from .passes.ledger import Ledger
@@ -377,8 +377,10 @@ def _price(
 
     `shared` keeps the graph after the passes that several recipes begin with.
     """
-    free = [item for item in chosen if not item.needs_weights]
     planned = [item for item in chosen if item.needs_weights]
+    # a plan is for the graph that quantization sees, before the runtime's own forms are written
+    last = Stage.QUANTIZE if planned else Stage.LOWER
+    free = [item for item in chosen if not item.needs_weights and item.stage <= last]
     common = [item for item in free if item.lossless]
     key = format_passes(common)
     if key not in shared:

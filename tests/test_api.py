@@ -124,7 +124,7 @@ def test_save_and_load(net, samples, tmp_path):
     artifact = edgepass.load(folder)
     expected = compiled.run(samples[0])["y"]
     np.testing.assert_allclose(artifact.run(samples[0])["y"], expected, atol=1e-6)
-    assert artifact.manifest["recipe"].endswith("int8")
+    assert ",int8," in artifact.manifest["recipe"]
     again = edgepass.compile(net, target="arm64", recipe="int8", calibration=samples, **QUIET)
     again.save(tmp_path / "again")
     for file in sorted(p.name for p in folder.iterdir()):

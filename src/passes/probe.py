@@ -50,7 +50,7 @@ def working_sample(model: ir.Model, dims: Mapping[str, int] | None = None) -> Sa
     """Inputs that the model really runs on, if any of a few sizes does.
 
     Many models refuse a size (a padding wider than the signal, a stride that does not divide):
-    32, 64, 224 and 512 are tried for dimensions that `dims` does not give.
+    those of `trial_dims` are tried.
     """
     from ..targets.onnxruntime import OrtRunner
 
@@ -60,19 +60,41 @@ def working_sample(model: ir.Model, dims: Mapping[str, int] | None = None) -> Sa
     except EdgepassError:
         return Sample(sample_inputs(model, dims=dims), default_dims(model, dims), runs=False)
     with runner:
-        for size in _SIZES:
-            bindings = dict(dims or {})
-            feed = _inputs_of_size(model, 0, bindings, size)
+        for bindings in trial_dims(model, dims):
+            feed = sample_inputs(model, dims=bindings)
             first = first or Sample(feed, bindings, runs=False)
             try:
                 runner.run(feed)
             except EdgepassError:
-                if len(bindings) == len(dims or {}):
-                    break  # no dimension was free: another size is the same feed
                 continue
             return Sample(feed, bindings)
     assert first is not None
     return first
+
+
+def trial_dims(model: ir.Model, dims: Mapping[str, int] | None = None) -> Iterator[dict[str, int]]:
+    """Sizes for the symbolic dimensions of the inputs, to be tried until the model runs.
+
+    32, 64, 224 and 512 for those that `dims` does not give; then the same with 1 for every
+    dimension that is not its input's last (a batch in the middle of a recurrent state).
+    """
+    given = dict(dims or {})
+    free = [name for name in default_dims(model, given) if name not in given]
+    last = {
+        dim_name(value, len(value.shape) - 1)
+        for value in model.graph.inputs
+        if value.shape is not None and len(value.shape)
+    }
+    thin = {name: 1 for name in free if name not in last}
+    seen = []
+    for bound in (given, {**given, **thin}):
+        for size in _SIZES:
+            bindings = dict(bound)
+            for _ in _bound_inputs(model, bindings, size):
+                pass
+            if bindings not in seen:
+                seen.append(bindings)
+                yield bindings
 
 
 def default_dims(model: ir.Model, dims: Mapping[str, int] | None = None) -> dict[str, int]:

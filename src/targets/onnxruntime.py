@@ -168,7 +168,9 @@ class OrtRunner:
         outside = {
             name: value.const_value
             for name, value in model.graph.initializers.items()
-            if leaves_message(value) and value.const_value.dtype.bitwidth >= 8  # type: ignore[union-attr]
+            if leaves_message(value)
+            and value.const_value.dtype.bitwidth >= 8  # type: ignore[union-attr]
+            and value.uses()  # the runtime drops the others, then misses them
         }
         if weight_bytes(model) - sum(t.nbytes for t in outside.values() if t) > inline_limit:
             folder = tempfile.TemporaryDirectory(prefix="edgepass-")
