@@ -302,7 +302,7 @@ def test_layer_norm_without_scale_or_bias(tail):
         ([2, 3, 4, 5], [-1, -2], (1, 4, 5), ["LayerNormalization"]),
         ([2, 3, 4, 5], [1, 2, 3], (3, 4, 5), ["LayerNormalization"]),
         ([2, 3, 4, 5], [2, 3], (3, 1, 1), ["InstanceNormalization"]),
-        (["n", 3, "h", "w"], [2, 3], (3, 1, 1), ["InstanceNormalization"]),
+        (["n", 3, "h", 5], [2, 3], (3, 1, 1), ["InstanceNormalization"]),
         ([2, 3, 6], [2], (3, 1), ["InstanceNormalization"]),
         ([2, 6, 4, 5], [1], (6, 1, 1), ["Transpose", "LayerNormalization", "Transpose"]),
         (["n", 6, "h", "w"], [1], (6, 1, 1), ["Transpose", "LayerNormalization", "Transpose"]),
@@ -313,6 +313,11 @@ def test_norms_over_other_axes(shape, axes, parameter, left):
     constants = {"axes": np.array(axes), "w": array(*parameter), "b": array(*parameter)}
     model = model_of(layer_norm(axes="axes"), constants, shape)
     assert fused(FuseNormalizations(), model) == left
+
+
+def test_a_bias_of_higher_rank_stays():
+    model = model_of(layer_norm(tail=("y = Add n b",)), {"b": array(1, 8)}, [8])
+    assert fused(FuseNormalizations(), model) == ["LayerNormalization", "Add"]
 
 
 def test_norms_without_weights():

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import onnx_ir as ir
 
 from ...ir.edit import Builder
-from ...ir.graph import CONTRIB_DOMAIN
+from ...ir.graph import CONTRIB_DOMAIN, dims_of
 from ...ir.match import AnyOf, Const, Match, OpPattern, ValuePattern, any_of, op, var
 from ..base import Context
 from ..operators import missing_operator
@@ -53,6 +53,8 @@ def _cannot(m: Match, context: Context, own: str) -> str | None:
         return f"it computes in {dtype.name if dtype else 'an unknown dtype'}"
     if context.opsets.get("", 0) >= _STANDARD:
         return missing_operator(context, "Gelu", (m["x"],))
+    if not dims_of(m["x"]):
+        return f"it has no dimension, and {own} takes no scalars"
     return missing_operator(context, own, (m["x"],), domain=CONTRIB_DOMAIN)
 
 

@@ -53,6 +53,8 @@ def _check_epsilon(m: Match) -> str | None:
     epsilon = constant_scalar(m["eps"])
     if epsilon is None or len(m["eps"].shape or ()) > len(dims_of(m["x"]) or ()):
         return "epsilon is not one number"
+    if m["x"].dtype == ir.DataType.DOUBLE and epsilon > 1e-3 and np.float32(epsilon) != epsilon:
+        return "epsilon, an attribute, would be rounded to float32, and it is not small"
     return None if epsilon >= 0 else "epsilon is negative"
 
 
@@ -92,12 +94,12 @@ def _epsilon(m: Match) -> float:
     return float(constant_scalar(m["eps"]) or 0.0)
 
 
-def _too_many(dims: Sequence[Dim]) -> str | None:
-    """Why no scale of ones can be made for these dimensions."""
+def _cannot_scale(dims: Sequence[Dim], least: int = 2) -> str | None:
+    """Why no scale of ones can be made for these dimensions, `least` elements at the least."""
     if len(_sizes(dims)) < len(dims):
         return "a normalized axis has no known size"
     count = math.prod(_sizes(dims))
-    return f"a scale would have {count} elements" if not 0 < count <= MAX_ONES else None
+    return f"a scale would have {count} elements" if not least <= count <= MAX_ONES else None
 
 
 def _centred(x: ValuePattern) -> tuple[OpPattern, ...]:
@@ -128,7 +130,7 @@ class LayerNormForm(RewriteRule):
         if not _trailing(axes, len(dims)) and axes != (1,):
             return f"the mean is over axes {list(axes)}, neither the last ones nor the channels"
         return (
-            _too_many([dims[a] for a in axes])
+            _cannot_scale([dims[a] for a in axes])
             or _check_epsilon(m)
             or missing_operator(context, "LayerNormalization", (m["x"], m["x"]))
         )
@@ -181,7 +183,7 @@ class InstanceNormForm(RewriteRule):
             return "its scale is not one number per channel"
         given = (m["x"], m["x"], m["x"])
         return (
-            _too_many([dims[1]])
+            _cannot_scale([dims[1]], 1)
             or _check_epsilon(m)
             or missing_operator(context, "InstanceNormalization", given)
         )
@@ -230,7 +232,7 @@ class RmsNormForm(RewriteRule):
         if operator != "RMSNormalization" and len(axes) > 1:
             return "the mean is over several axes, and RMSNormalization is new in opset 23"
         return (
-            _too_many([dims[a] for a in axes])
+            _cannot_scale([dims[a] for a in axes])
             or _check_epsilon(m)
             or missing_operator(context, operator, (m["x"], m["x"]))
         )
@@ -280,8 +282,7 @@ def _parameter(m: Match, value: ir.Value) -> tuple[int, ...] | None:
     """
     norm = m.node("norm")
     wanted, given = static_shape(m["scale"]), static_shape(value)
-    result = m.root.outputs[0] if "transpose" not in m.nodes else m.node("transpose").outputs[0]
-    dims = dims_of(result) or dims_of(norm.outputs[0])
+    dims = dims_of(m["x"])
     if wanted is None or given is None or dims is None or len(given) > len(dims):
         return None
     padded = (1,) * (len(dims) - len(given)) + given
@@ -319,11 +320,21 @@ def _bias(m: Match) -> ir.Value | None:
     return norm.inputs[2] if len(norm.inputs) > 2 else None
 
 
+def _normalizes_several(m: Match) -> bool:
+    """Whether more than one element shares a mean: with one, only rounding is left to scale."""
+    if m.node("norm").op_type != "InstanceNormalization":
+        return math.prod(static_shape(m["scale"]) or (1,)) > 1
+    spatial = (dims_of(m["x"]) or ())[2:]
+    return math.prod(_sizes(spatial)) > 1
+
+
 def _check_norm(m: Match, name: str) -> str | None:
     if any(v.uses() or v.is_graph_output() for v in m.node("norm").outputs[1:]):
         return "the mean or the deviation is used too"
     if m[name].dtype != m["scale"].dtype:
         return "the types differ"
+    if not _normalizes_several(m):
+        return "one element alone may be normalized: its deviation from itself is rounding only"
     shape = _parameter(m, m[name])
     if shape is None:
         return f"the {name} of shape {static_shape(m[name])} is not the normalized shape"

@@ -252,7 +252,8 @@ def _compose(m: Match) -> _Affine | None:
     after = _step(m.root, m["second"])
     if before is None or after is None:
         return None
-    return before[0] * after[0], before[1] * after[0] + after[1]
+    with np.errstate(invalid="ignore", over="ignore"):
+        return before[0] * after[0], before[1] * after[0] + after[1]
 
 
 def _cancels(m: Match) -> bool:
