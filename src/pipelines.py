@@ -31,6 +31,7 @@ from .passes.fuse.einsum import EinsumForms
 from .passes.fuse.gemm import GemmForms
 from .passes.fuse.linear import FoldLinear
 from .passes.fuse.normalizations import FuseNormalizations
+from .passes.fuse.rotary import FuseRotary
 from .passes.fuse.row_selection import SelectEarly
 from .passes.fuse.talking_heads import MixedHeads
 from .passes.fuse.tidy import Tidy
@@ -58,6 +59,7 @@ GROUPS: dict[str, tuple[type[Pass], ...]] = {
         FuseActivations,
         FuseNormalizations,
         EinsumForms,
+        FuseRotary,
         FuseAttention,
         MixedHeads,
         SelectEarly,

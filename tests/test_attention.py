@@ -15,6 +15,7 @@ from edgepass.passes.base import Context
 from edgepass.passes.driver import run_passes
 from edgepass.passes.fuse.attention import Attention, FuseAttention
 from edgepass.passes.fuse.heads import read_heads
+from edgepass.passes.fuse.rotary import FuseRotary, RotaryEmbedding
 from edgepass.passes.fuse.views import Digit, merged, regroup
 from edgepass.passes.lower.attention import AttentionForms, PackedAttention
 from edgepass.passes.probe import Probe, numeric_error
@@ -393,10 +394,10 @@ def test_near_misses_say_why(change, words):
     assert words in explain(Attention(), root, Context(get_target(HOST))).reason
 
 
-def grouped(net, opset):
+def grouped(net, opset, *, tiled=False):
     """Two heads of queries to each of keys: the keys are repeated by Expand."""
     heads = net.heads(net.linear("x", 2 * E), count=2, size=E)
-    wide = net("Expand", net("Unsqueeze", heads, ints(2)), ints(B, 2, 2, L, E))
+    wide = net("Expand", net("Unsqueeze", heads, ints(1 if tiled else 2)), ints(B, 2, 2, L, E))
     keys = net("Reshape", wide, ints(B, 4, L, E))
     q = net.heads(net.linear("x", 4 * E), count=4)
     o = attend(net, q, net("Transpose", keys, perm=(0, 1, 3, 2)), keys)
@@ -410,6 +411,19 @@ def test_grouped_queries_use_the_standard_operator_where_the_opset_has_it():
     assert "Expand" not in left
     node = list(model.graph)[-1]
     assert (node.attributes["q_num_heads"].value, node.attributes["kv_num_heads"].value) == (4, 2)
+
+
+def test_grouped_queries_repeat_the_keys_where_the_opset_is_older():
+    left = operators(grouped(Net(), 20))
+    assert left[-1] == "MultiHeadAttention"
+    assert left.count("Transpose") == 0
+
+
+def test_heads_repeated_as_a_whole_are_refused():
+    model = grouped(Net(), 20, tiled=True)
+    assert "Softmax" in operators(model)
+    root = [n for n in model.graph if n.op_type == "MatMul"][-1]
+    assert "repeated as a whole" in explain(Attention(), root, Context(get_target(HOST))).reason
 
 
 def test_the_standard_operator_needs_no_target_but_no_row_masked_throughout():
@@ -456,6 +470,16 @@ def test_three_projections_become_one_packed_weight():
     assert sorted(v.shape.rank() for v in model.graph.initializers.values()) == [1, 2]
 
 
+def test_a_missing_bias_is_zero():
+    """Whisper's keys have none."""
+    net = Net()
+    q, v = net.linear("x"), net.linear("x")
+    k = net("MatMul", "x", net.random(D, D))
+    o = attend(net, net.heads(q), net.heads(k, (0, 2, 3, 1)), net.heads(v))
+    model = net.model(X, net.merge(o))
+    assert operators(model, [FuseAttention(), AttentionForms()]) == ["Attention"]
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -480,6 +504,73 @@ def test_projections_used_elsewhere_stay_outside():
     assert "used elsewhere" in explain(PackedAttention(), root, Context(get_target(HOST))).reason
 
 
+# --- rotary embeddings -----------------------------------------------------------------------
+
+
+def angles(length=L, size=E):
+    return np.outer(np.arange(length), 0.5 ** np.arange(size // 2)).astype(np.float32)
+
+
+def rotated(net, x, cos, sin, *, swapped=False, cut="split"):
+    if cut == "split":
+        low, high = net("Split", x, axis=-1, outs=2, num_outputs=2)
+    else:
+        low = net("Slice", x, ints(0), ints(E // 2), ints(3))
+        high = net("Slice", x, ints(E // 2), ints(2**31), ints(3))
+    if swapped:
+        low, high = high, low
+    turned = net("Concat", net("Neg", high), low, axis=-1)
+    return net("Add", net("Mul", x, cos), net("Mul", turned, sin))
+
+
+def tables(length=L):
+    both = np.concatenate([angles(length)] * 2, axis=-1)[None, None]
+    return np.cos(both), np.sin(both)
+
+
+@pytest.mark.parametrize("cut", ["split", "slice"])
+def test_rotary_embeddings_leave_the_heads_unsplit_for_attention(cut):
+    net = Net()
+    q = rotated(net, net.heads(net.linear("x")), *tables(), cut=cut)
+    k = rotated(net, net.heads(net.linear("x")), *tables(), cut=cut)
+    o = attend(net, q, net("Transpose", k, perm=(0, 1, 3, 2)), net.heads("x"))
+    model = net.model(X, net.merge(o))
+    left = operators(model, [FuseRotary(), FuseAttention()])
+    assert left == ["MatMul", "Add", "RotaryEmbedding"] * 2 + ["MultiHeadAttention"]
+
+
+def test_computed_angles_of_equal_halves():
+    net = Net()
+    both = net("Concat", "a", "a", axis=-1)
+    lifted = net("Unsqueeze", both, ints(0, 1))
+    x = rotated(net, net.heads("x"), net("Cos", lifted), net("Sin", lifted))
+    model = net.model({**X, "a": ("f", [L, E // 2])}, net.merge(x))
+    assert "RotaryEmbedding" in operators(model, [FuseRotary()])
+
+
+def unequal():
+    cos, sin = tables()
+    return cos * np.linspace(1, 2, E, dtype=np.float32), sin
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda net, x: rotated(net, x, *tables(), swapped=True), "not the halves"),
+        (lambda net, x: rotated(net, x, *unequal()), "not known to be equal"),
+        (lambda net, x: rotated(net, x, "c", "c"), "all sequences and heads"),
+    ],
+)
+def test_other_rotations_stay(make, words):
+    net = Net()
+    y = make(net, net.heads("x"))
+    inputs = {**X, "c": ("f", [B, 1, L, E])} if words.startswith("all") else X
+    model = net.model(inputs, y)
+    assert "RotaryEmbedding" not in operators(model, [FuseRotary()])
+    root = [n for n in model.graph if n.op_type == "Add"][-1]
+    assert words in explain(RotaryEmbedding(), root, Context(get_target(HOST))).reason
+
+
 # --- views -----------------------------------------------------------------------------------
 
 
@@ -497,7 +588,7 @@ def test_heads_say_which_columns_they_are():
     model = net.model(X, k)
     heads = read_heads(model.graph.outputs[0])
     assert (heads.count, heads.size, heads.offset, heads.batch, heads.length) == (H, E, D, B, L)
-    assert "an axis of their own" in read_heads(swapped_batch().graph.outputs[0])
+    assert "rows are in another order" in read_heads(swapped_batch().graph.outputs[0])
 
 
 def swapped_batch():

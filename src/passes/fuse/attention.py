@@ -24,6 +24,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
+import numpy as np
 import onnx_ir as ir
 
 from ...ir import dims as dim_math
@@ -143,8 +144,6 @@ def _choose(plan: _Plan, context: Context) -> _Plan | str:
     if no_standard is None and plan.bias is not None and not plan.bias.exact_rows:
         # seen with ONNX Runtime 1.32: a row masked throughout, by the lowest float too, becomes 0
         no_standard = "a row may be masked throughout, which the operator makes 0"
-    if no_contrib is None and plan.key.repeats != 1:
-        no_contrib = "MultiHeadAttention has as many heads of keys as of queries"
     short = not isinstance(plan.sizes.keys, int) or plan.sizes.keys < LONG
     if no_standard is None and (no_contrib or short):
         return dataclasses.replace(plan, standard=True)
@@ -156,6 +155,11 @@ def _write(plan: _Plan, build: Builder) -> ir.Value:
     columns = write_columns((plan.query, plan.key, plan.value), build)
     bias = write_bias(plan.bias, plan.query.source, build)
     scale = plan.scores.scale * plan.query.scale * plan.key.scale
+    if not plan.standard and plan.key.repeats > 1:
+        columns[1:] = [
+            _repeated(value, part, build)
+            for value, part in zip(columns[1:], (plan.key, plan.value), strict=True)
+        ]
     if plan.standard:
         result = build.Attention(
             *columns,
@@ -180,6 +184,18 @@ def _as_dims(value: ir.Value, dims: tuple[Dim, ...], build: Builder) -> ir.Value
     if have_dims(value, dims):
         return value
     return typed(build.Reshape(value, target_shape(dims)), dims, value)
+
+
+def _repeated(columns: ir.Value, part: Heads, build: Builder) -> ir.Value:
+    """Each head `repeats` times in a row, for an operator with as many keys as queries."""
+    lead = (part.batch, part.length, part.count)
+    split = np.array([0, 0, part.count, 1, part.size], np.int64)
+    value = typed(build.Reshape(columns, split), (*lead, 1, part.size), columns)
+    times = np.array([1, 1, 1, part.repeats, 1], np.int64)
+    value = typed(build.Expand(value, times), (*lead, part.repeats, part.size), columns)
+    width = part.width * part.repeats
+    result: ir.Value = build.Reshape(value, np.array([0, 0, width], np.int64))
+    return typed(result, (part.batch, part.length, width), columns)
 
 
 def _split_again(value: ir.Value, plan: _Plan, dims: tuple[Dim, ...], build: Builder) -> ir.Value:

@@ -67,14 +67,16 @@ def read_heads(value: ir.Value, *, transposed: bool = False) -> Heads | str:
 
     `transposed`: the value is (batch..., heads, size, length), as the keys of a product are.
     """
-    reason = "its shape is not known"
+    reason = ""
     for view in views_of(value):
         axes = view.axes if not transposed else (*view.axes[:-2], view.axes[-1], view.axes[-2])
         found = _from_view(view, axes)
         if isinstance(found, Heads):
             return found
-        reason = found
-    return f"{value.name!r} is not split into heads from one matrix: {reason}"
+        reason = reason or found
+    return (
+        f"{value.name!r} is not split into heads from one matrix: {reason or 'no shape is known'}"
+    )
 
 
 def _from_view(view: View, axes: tuple[Axis, ...]) -> Heads | str:
@@ -93,9 +95,11 @@ def _from_view(view: View, axes: tuple[Axis, ...]) -> Heads | str:
     heads: list[Digit] = []
     while lead and lead[-1].axis in (last, REPEATED):
         heads.insert(0, lead.pop())
+    if any(d.axis == REPEATED for d in heads[:-1]):
+        return "its heads are repeated as a whole, not each by itself"
     repeated = [d for d in heads if d.axis == REPEATED]
     heads = list(merged([d for d in heads if d.axis == last]))
-    if len(heads) > 1 or len(repeated) > 1:
+    if len(heads) > 1:
         return "its heads are no regular columns"
     rows = [d for d in lead if d.size != 1]
     plain = [Digit(i, 1, d) for i, d in enumerate(dims[:-1]) if d != 1]

@@ -6,7 +6,7 @@ Here: `PackedAttention` and its pass. Not here: attention itself (`fuse.attentio
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -167,8 +167,6 @@ class PackedAttention(RewriteRule):
         source = found[0].source
         if any(part.source is not source for part in found):
             return "queries, keys and values are products of different values"
-        if any((part.bias is None) != (found[0].bias is None) for part in found):
-            return "only some of queries, keys and values have a bias"
         inputs = [source, found[0].weight]
         reason = missing_operator(context, "Attention", inputs, domain=CONTRIB_DOMAIN)
         reason = reason or _slower(m, found) or _kept_anyway(found, node)
@@ -177,10 +175,8 @@ class PackedAttention(RewriteRule):
 
     def rewrite(self, m: Match, build: Builder) -> ir.Value:
         parts: list[_Projection] = m.findings["parts"]
-        weight = _joined(parts, lambda part: part.weight, build)
-        bias = None
-        if parts[0].bias is not None:
-            bias = _joined(parts, lambda part: part.bias, build)
+        weight = _joined_weights(parts, build)
+        bias = _joined_biases(parts, build)
         widths = [part.width for part in parts]
         extra = m.root.inputs[5] if len(m.root.inputs) > 5 else None
         for part in parts:
@@ -234,31 +230,57 @@ def _kept_anyway(parts: Sequence[_Projection], user: ir.Node) -> str | None:
     return None
 
 
-def _joined(
-    parts: Sequence[_Projection], pick: Callable[[_Projection], ir.Value | None], build: Builder
-) -> ir.Value:
-    """The columns of the three weights (or biases) side by side; the one they share as it is."""
-    values = [value for part in parts if (value := pick(part)) is not None]
+def _joined_weights(parts: Sequence[_Projection], build: Builder) -> ir.Value:
+    """The columns of the three weights side by side; the one they share as it is."""
+    weights = [part.weight for part in parts]
+    if _in_order(parts, weights):
+        return weights[0]
+    rows = (static_shape(weights[0]) or (0,))[0]
+    pieces = [_columns_of(part.weight, part) for part in parts]
+    return _side_by_side(pieces, (rows, sum(part.width for part in parts)), weights[0], build)
+
+
+def _joined_biases(parts: Sequence[_Projection], build: Builder) -> ir.Value | None:
+    """The three biases one after another, zeros where one has none; None where none has one."""
+    biases = [part.bias for part in parts]
+    given = [bias for bias in biases if bias is not None]
+    if not given:
+        return None
+    if len(given) == len(parts) and _in_order(parts, given):
+        return given[0]
+    dtype = given[0].dtype
+    assert dtype is not None
+    pieces = [
+        np.zeros(part.width, dtype.numpy()) if part.bias is None else _columns_of(part.bias, part)
+        for part in parts
+    ]
+    return _side_by_side(pieces, (sum(part.width for part in parts),), given[0], build)
+
+
+def _in_order(parts: Sequence[_Projection], values: Sequence[ir.Value]) -> bool:
+    """Whether the parts are all the columns of one and the same value, in order."""
+    ends = [0, *(part.stop for part in parts)]
     shape = static_shape(values[0])
     assert shape is not None
-    ends = [0, *(part.stop for part in parts)]
-    shared = all(v is values[0] for v in values) and ends[-1] == shape[-1]
-    if shared and [part.start for part in parts] == ends[:-1]:
-        return values[0]
-    arrays = [constant_array(value) for value in values]
-    name = f"packed_{'weight' if len(shape) > 1 else 'bias'}"
-    columns = sum(part.width for part in parts)
-    if any(array is None for array in arrays):
-        dtype = values[0].dtype
-        assert dtype is not None
-        absent = AbsentTensor(name, dtype, [*shape[:-1], columns], "it is joined of absent weights")
+    same = all(value is values[0] for value in values) and ends[-1] == shape[-1]
+    return same and [part.start for part in parts] == ends[:-1]
+
+
+def _columns_of(value: ir.Value, part: _Projection) -> np.ndarray | None:
+    array = constant_array(value)
+    return None if array is None else array[..., part.start : part.stop]
+
+
+def _side_by_side(
+    pieces: Sequence[np.ndarray | None], shape: tuple[int, ...], like: ir.Value, build: Builder
+) -> ir.Value:
+    name = "packed_weight" if len(shape) > 1 else "packed_bias"
+    known = [piece for piece in pieces if piece is not None]
+    if len(known) < len(pieces):
+        assert like.dtype is not None
+        absent = AbsentTensor(name, like.dtype, shape, "it is joined of absent weights")
         return build.initializer(name, absent)
-    pieces = [
-        array[..., part.start : part.stop]
-        for array, part in zip(arrays, parts, strict=True)
-        if array is not None
-    ]
-    return build.initializer(name, np.ascontiguousarray(np.concatenate(pieces, axis=-1)))
+    return build.initializer(name, np.ascontiguousarray(np.concatenate(known, axis=-1)))
 
 
 @dataclasses.dataclass(frozen=True)
