@@ -116,6 +116,15 @@ EXAMPLES["attention"] = (
       w = MatMul(q, kt)  ws = Mul(w, k)  y = Softmax<axis = -1>(ws)  o = MatMul(y, v)
       ot = Transpose<perm = [0, 2, 1, 3]>(o)  z = Reshape(ot, s) }""",
 )
+EXAMPLES["rotary_embedding"] = (
+    """g (float[2, 5, 12] x, float[5, 2] a) => (float[2, 3, 5, 4] z)
+    <int64[4] h = {0, 0, 3, 4}, int64[2] halves = {2, 2}, int64[2] lead = {0, 1}>
+    { r = Reshape(x, h)  t = Transpose<perm = [0, 2, 1, 3]>(r)
+      both = Concat<axis = -1>(a, a)  u = Unsqueeze(both, lead)  c = Cos(u)  s = Sin(u)
+      low, high = Split<axis = -1>(t, halves)  minus = Neg(high)
+      turned = Concat<axis = -1>(minus, low)
+      p = Mul(t, c)  q = Mul(turned, s)  z = Add(p, q) }""",
+)
 EXAMPLES["packed_attention"] = (
     f"""g (float[n, 5, 8] x) => (float[n, 5, 32] z)
     <{_weight("a", 8, 32)}, {_weight("bb", 8, 32)}, {_weight("ccc", 8, 32)}>
