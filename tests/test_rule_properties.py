@@ -54,7 +54,7 @@ def runs(model: ir.Model) -> bool:
 
 
 def only_noise(model: ir.Model) -> bool:
-    """Whether it norms single numbers: 0 in exact arithmetic, what rounding leaves of it in ours."""
+    """Whether it norms single numbers: 0 in exact arithmetic, what rounding leaves in ours."""
     return any(
         node.op_type == "InstanceNormalization"
         and node.inputs[0].shape is not None
