@@ -43,7 +43,8 @@ class FoldBranches(Pass):
     def run(self, model: ir.Model, context: Context) -> PassResult:
         if not any(is_onnx_op(node, "If") for node in all_nodes(model)):
             return PassResult(model, False)
-        inliner = _Inliner(infer_shapes(model), _name_counts(model))
+        report = infer_shapes(model)
+        inliner = _Inliner(report, _name_counts(model))
         inliner.visit(model.graph)
         count, forced = inliner.count, 0
         tried: set[str] = model.meta.setdefault(_TRIED, set())  # in this and in earlier rounds
@@ -52,10 +53,10 @@ class FoldBranches(Pass):
             if found is None:
                 break
             node, branch = found
-            inliner = _Inliner(infer_shapes(model), _name_counts(model), {id(node): branch})
+            inliner = _Inliner(report, _name_counts(model), {id(node): branch})
             inliner.visit(model.graph)
             count, forced = count + inliner.count, forced + 1
-            infer_shapes(model, refresh=True)
+            report = infer_shapes(model, refresh=True)
         found_texts = (
             (count, "inlined the only branch taken of {} If"),
             (forced, "{} of them had one branch that can only fail"),
