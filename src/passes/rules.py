@@ -20,6 +20,7 @@ from __future__ import annotations
 import abc
 import collections
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import ClassVar
 
@@ -145,13 +146,7 @@ def apply_rules(model: ir.Model, rules: Sequence[RewriteRule], context: Context)
     Raises:
         PassFailedError: a rule raised; the rule and the node are named.
     """
-    index: dict[str, list[tuple[RewriteRule, OpPattern]]] = {}
-    depth = 1
-    for rule in rules:
-        for pattern in _patterns(rule):
-            depth = max(depth, _depth(pattern))
-            for op_type in pattern.op_types:
-                index.setdefault(op_type, []).append((rule, pattern))
+    index, depth = _indexed(tuple(rules))
     context = dataclasses.replace(context, opsets=dict(model.opset_imports))
     rewrites: list[Rewrite] = []
     candidates = [
@@ -169,6 +164,26 @@ def apply_rules(model: ir.Model, rules: Sequence[RewriteRule], context: Context)
     if any(node.domain == CONTRIB_DOMAIN for node in worklist.made):
         model.opset_imports.setdefault(CONTRIB_DOMAIN, 1)
     return rewrites
+
+
+_Index = dict[str, list[tuple[RewriteRule, OpPattern]]]
+
+
+@functools.lru_cache(maxsize=256)
+def _indexed(rules: tuple[RewriteRule, ...]) -> tuple[_Index, int]:
+    """The patterns of rules by the operators they end in, and how deep the deepest is.
+
+    Remembered, since a pipeline applies the same rules many times, and small models are over before
+    a hundred patterns are built.
+    """
+    index: _Index = {}
+    depth = 1
+    for rule in rules:
+        for pattern in _patterns(rule):
+            depth = max(depth, _depth(pattern))
+            for op_type in pattern.op_types:
+                index.setdefault(op_type, []).append((rule, pattern))
+    return index, depth
 
 
 def _try_rule(
