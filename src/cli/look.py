@@ -121,6 +121,10 @@ def pass_dict(cls: type[Pass]) -> dict[str, Any]:
         "idempotent": cls.idempotent,
         "needs_weights": cls.needs_weights,
         "module": cls.__module__,
+        "rules": [
+            {"name": rule.name, "summary": (inspect.getdoc(rule) or "").split("\n\n", 1)[0]}
+            for rule in getattr(cls, "rules", ())
+        ],
     }
 
 
@@ -133,6 +137,11 @@ def _pass_page(found: dict[str, Any]) -> list[Any]:
         *(["needs weights"] if found["needs_weights"] else []),
     ]
     page: list[Any] = [f"{found['name']} ({', '.join(facts)})", "", found["documentation"], ""]
+    if found["rules"]:
+        rules = Table("rule", "before -> after")
+        for rule in found["rules"]:
+            rules.add_row(rule["name"], " ".join(rule["summary"].split()))
+        page += [rules, ""]
     if not found["options"]:
         return [*page, "It has no options."]
     table = Table("option", "type", "default", "choices")
@@ -243,6 +252,9 @@ def explain(
         console.print_json([item.as_dict() for item in found])
         return
     console.show(*map(str, found))
+    matches = sum(item.matched for item in found)
+    if len(found) > 1:
+        console.show(f"{chosen.name} matches at {matches} of {len(found)} nodes")
     if not found:
         console.show(f"{chosen.name}: the model has no node of the type that the rule ends in")
 
