@@ -1,13 +1,14 @@
 # make demo   set-up, then the main job on a real model
 # make test   set-up, then all tests (also what .ci/run calls)
 # make check  lint, types, import contract
+# make fuzz   FUZZ_COUNT generated graphs from seed FUZZ_START on; stops and goes on
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.edgepass-installed
 
-.PHONY: demo test check setup arm64 clean
+.PHONY: demo test check fuzz setup arm64 clean
 
 setup: $(STAMP)
 
@@ -32,6 +33,13 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy src
 	$(BIN)/lint-imports
+
+FUZZ_COUNT ?= 100000
+FUZZ_START ?= 0
+FUZZ_OUT ?= fuzz-failures
+
+fuzz: setup
+	$(BIN)/python tests/fuzz.py --count $(FUZZ_COUNT) --start $(FUZZ_START) --out $(FUZZ_OUT)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
