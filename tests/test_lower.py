@@ -118,6 +118,7 @@ def test_a_sum_with_what_is_not_blocked_stays_where_the_convolution_would_be():
     model = model_of(nodes, {"w": array(16, 16, 3, 3)}, x=[1, 16, 8, 8])
     assert "blocked layout" in explain(ConvResidual(), model.graph[1], X86).reason
     assert lowered(model) == ["Conv", "Add"]
+    assert lowered(model, Context(get_target("arm64"))) == ["FusedConv"]
 
 
 def test_a_sum_that_broadcasts_stays():
