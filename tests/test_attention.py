@@ -442,6 +442,16 @@ def test_without_a_target_older_opsets_are_left_alone():
     assert "Softmax" in operators(model, target=None)
 
 
+@pytest.mark.parametrize("opset", [20, 23])
+def test_what_tvm_has_no_operator_for_stays_spelled_out(opset):
+    net = Net()
+    x = rotated(net, net.heads("x"), *tables())
+    o = attend(net, x, net.heads("x", (0, 2, 3, 1)), net.heads("x"))
+    model = net.model(X, net.merge(o), opset=opset)
+    run_passes(model, [FuseRotary(), FuseAttention()], Context(get_target("x86_64/tvm")))
+    assert {"Softmax", "Neg"} <= {n.op_type for n in model.graph}
+
+
 def test_weights_may_be_absent():
     net = Net()
     q, k, v = packed(net, "gather")
