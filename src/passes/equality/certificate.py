@@ -28,7 +28,7 @@ import onnx_ir as ir
 
 from ...errors import EdgepassError, WeightsAbsentError
 from ...ir import dims as dim_math
-from ...ir.graph import constant_tensor, graphs, is_absent, source_line
+from ...ir.graph import constant_tensor, graphs, is_absent, is_onnx_op, source_line
 from ...ir.match import Match
 from ...ir.ops import is_deterministic, is_elementwise
 from ...ir.shapes import infer_shapes
@@ -171,6 +171,10 @@ def certify_region(
     return found
 
 
+def _by_element(node: ir.Node) -> bool:
+    return is_elementwise(node) or is_onnx_op(node, "Identity")
+
+
 def _through_double(op_type: str) -> bool:
     """Whether ONNX Runtime computes it in double on integers too: not exact for the largest."""
     return op_type == "Pow" or op_type.startswith("Reduce")
@@ -208,7 +212,7 @@ def _run_cases(
 ) -> Certificate:
     values = list(region.before.graph.inputs)
     findings = _Findings(Wide(region.before, first))
-    everything = exhaustive(values, all(is_elementwise(n) for n in region.before.graph))
+    everything = exhaustive(values, all(map(_by_element, region.before.graph)))
     if everything is not None:
         for feed in everything:
             _run_case(Case("normal", feed, {}), first, second, findings)
