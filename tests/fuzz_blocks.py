@@ -15,7 +15,7 @@ from fuzz_steps import f32, i64, static_tail
 def activation(g: Grower, x: str) -> str:
     """One of many, as one operator or spelled out."""
     kinds = [_simple, _clip, _hard_swish, _hard_sigmoid, _gelu, _gelu_tanh, _quick_gelu]
-    return g.choose([*kinds, _silu, _mish, _leaky, _elu, _selu])(g, x)
+    return g.choose([*kinds, _silu, _mish, _leaky, _elu, _selu, _sigmoid, _p_relu])(g, x)
 
 
 def _simple(g: Grower, x: str) -> str:
@@ -87,8 +87,25 @@ def _leaky(g: Grower, x: str) -> str:
 
 
 def _elu(g: Grower, x: str) -> str:
-    grown = g.node("Sub", g.node("Exp", g.node("Min", x, f32(0))), f32(1))
+    x = g.node("Tanh", x)
+    grown = g.node("Sub", g.node("Exp", x), f32(1))
     return g.node("Where", g.node("Greater", x, f32(0)), x, grown)
+
+
+def _sigmoid(g: Grower, x: str) -> str:
+    grown = g.node("Add", g.node("Exp", g.node("Neg", g.node("Tanh", x))), f32(1))
+    return g.node("Reciprocal", grown) if g.chance(0.5) else g.node("Div", f32(1), grown)
+
+
+def _p_relu(g: Grower, x: str) -> str:
+    slope = f32(g.choose([0.1, -0.2, 1.5]))
+    kind = int(g.rng.integers(3))
+    if kind == 0:
+        return g.node("PRelu", x, slope)
+    if kind == 1:
+        below = g.node("Mul", g.node("Neg", g.node("Relu", g.node("Neg", x))), slope)
+        return g.node("Add", g.node("Relu", x), below)
+    return g.node("Where", g.node("Greater", x, f32(0)), x, g.node("Mul", x, slope))
 
 
 def _selu(g: Grower, x: str) -> str:
@@ -338,9 +355,41 @@ def softmax(g: Grower) -> None:
         op = g.choose(["Softmax", "LogSoftmax"])
         g.keep(g.node(op, x.name, axis=g.choose([-1, 1])), x.shape)
         return
-    greatest = g.axes("ReduceMax", x.name, [-1], keepdims=1)
-    grown = g.node("Exp", g.node("Sub", x.name, greatest))
-    g.keep(g.node("Div", grown, g.axes("ReduceSum", grown, [-1], keepdims=1)), x.shape)
+    below = g.node("Sub", x.name, g.axes("ReduceMax", x.name, [-1], keepdims=1))
+    grown = g.node("Exp", below)
+    total = g.axes("ReduceSum", grown, [-1], keepdims=1)
+    if g.chance(0.4):
+        g.keep(g.node("Sub", below, g.node("Log", total)), x.shape)
+    else:
+        g.keep(g.node("Div", grown, total), x.shape)
+
+
+@step(1)
+def lengths(g: Grower) -> None:
+    """The 2-norm over an axis, spelled out, and a value divided by it."""
+    x = g.pick(lambda v: len(v.shape) >= 2 and 0 not in v.shape)
+    square = g.node("Pow", x.name, f32(2)) if g.chance(0.5) else g.node("Mul", x.name, x.name)
+    length = g.node("Sqrt", g.axes("ReduceSum", square, [-1], keepdims=1))
+    g.keep(g.node("Div", x.name, g.node("Add", length, f32(0.1))), x.shape)
+
+
+@step(2)
+def classifiers(g: Grower) -> None:
+    """A product and a norm on all rows of the tokens, of which one is taken."""
+    x = g.pick(lambda v: v.shape == g.inputs["tokens"][1])
+    name = layer_norm(g, x.name, 8) if g.chance(0.5) else x.name
+    name = linear(g, name, 3, 8, 8)
+    name = activation(g, name) if g.chance(0.5) else name
+    row = np.array(g.choose([0, -1]))
+    _take(g, name, x, row)
+
+
+def _take(g: Grower, name: str, x: Value, row: np.ndarray) -> None:
+    if g.chance(0.7):
+        g.keep(g.node("Gather", name, row, axis=1), (x.shape[0], 8))
+    else:
+        taken = g.node("Gather", name, row.reshape(1), axis=1)
+        g.keep(g.node("Squeeze", taken, i64(1)), (x.shape[0], 8))
 
 
 # --- attention ---------------------------------------------------------------------------------

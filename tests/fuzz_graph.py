@@ -169,11 +169,19 @@ class Grower:
 
     def feeds(self) -> list[dict[str, np.ndarray]]:
         """Random numbers at the sizes that static graphs have, and at others where free."""
-        first = self.feed(self.sizes)
-        if not self.dynamic:
-            return [first]
-        batch, length = int(self.rng.integers(1, 5)), int(self.rng.integers(1, 8))
-        return [first, self.feed({"batch": batch, "length": length})]
+        found = [self.feed(self.sizes)]
+        if self.dynamic:
+            batch, length = int(self.rng.integers(1, 5)), int(self.rng.integers(1, 8))
+            found.append(self.feed({"batch": batch, "length": length}))
+        if self.chance(0.3):  # where sums vanish, maxima tie and functions saturate
+            factor = self.choose([0.0, 30.0])
+            found.append(
+                {
+                    k: (np.abs(v) * np.float32(factor) if v.dtype == np.float32 else v)
+                    for k, v in found[0].items()
+                }
+            )
+        return found
 
     def feed(self, sizes: dict[str, int]) -> dict[str, np.ndarray]:
         found: dict[str, np.ndarray] = {}

@@ -267,6 +267,22 @@ def gathers(g: Grower) -> None:
 
 
 @step(2)
+def stacks(g: Grower) -> None:
+    """Unsqueezed and joined, or split and squeezed: what Gather and Reshape do."""
+    x = g.pick(lambda v: 1 < len(v.shape) < 4)
+    y = g.pick(lambda v: v.shape == x.shape)
+    axis = int(g.rng.integers(0, len(x.shape)))
+    parts = [g.node("Unsqueeze", v.name, i64(axis)) for v in (x, y)]
+    whole = g.node("Concat", *parts, axis=axis)
+    if g.chance(0.5):
+        parts = g.split(whole, [1, 1], axis)
+        parts = [g.node("Squeeze", p, i64(axis)) for p in parts]
+        g.keep(g.node("Sub", *parts), x.shape)
+    else:
+        g.keep(whole, (*x.shape[:axis], 2, *x.shape[axis:]))
+
+
+@step(2)
 def expands(g: Grower) -> None:
     """A row broadcast to a value, by Expand or Tile, then combined with it; or to itself."""
     x = g.pick(lambda v: len(v.shape) >= 2 and isinstance(v.shape[-1], int))

@@ -198,7 +198,7 @@ def _try_rule(
     if isinstance(found, Mismatch):
         return False
     try:
-        if not _replaceable(found, editor) or rule.check(found, context):
+        if not _replaceable(found, editor) or rule.check(found, context) is not None:
             return False
         seen = None
         if context.certify is not None and isinstance(editor, _RecordingEditor):

@@ -222,6 +222,7 @@ class SameOrder(RewriteRule):
 
     def check(self, m: Match, context: Context) -> str | None:
         result = m.root.outputs[0]
+        reason: str | None = "nothing moves"
         for view in views_of(result):
             reason = _order_kept(view, result)
             if reason is None:

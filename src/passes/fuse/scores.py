@@ -117,7 +117,7 @@ def _read_scaled(node: ir.Node, rank: int) -> Scores | str:
 
 
 def _read_biased(node: ir.Node, rank: int) -> Scores | str:
-    reason = ""
+    reason = "no attention: neither summand holds scores"
     for scores, bias in (node.inputs, node.inputs[::-1]):
         assert scores is not None
         assert bias is not None
