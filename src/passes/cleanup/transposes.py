@@ -169,7 +169,11 @@ def _below(m: Match, perm: Sequence[int], build: Builder) -> ir.Value:
         options["axis"] = perm[attribute(f, "axis", -1) % len(perm)]
     value = build.node(f.op_type, *inputs, **options).outputs[0]
     out = dims_of(f.outputs[0])  # not the shape of x: the constant may be wider
-    return typed(value, f.outputs[0], None if out is None else permuted(out, [int(i) for i in np.argsort(perm)]))
+    return typed(
+        value,
+        f.outputs[0],
+        None if out is None else permuted(out, [int(i) for i in np.argsort(perm)]),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
