@@ -1,0 +1,440 @@
+"""What explains the time of a kernel: its family, the amounts it works through, and where it lies.
+
+Here: `Operand`, `Features` and `features`, a pure function of a runtime operator's type and the
+shapes and dtypes that it reads and writes, so that a kernel predicted from an architecture and one
+that a runtime reported after running it are described alike. Not here: which kernels there are
+(`kernels`), and milliseconds (`profile`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+LANES = 16
+"""Channels to which the amount `padded_macs` rounds up: a blocked layout's block with 512 bits."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Operand:
+    """A tensor at a kernel's edge. `dtype`: a name as numpy's, "float32"; bits for 4-bit: "int4"."""
+
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    constant: bool = False
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> float:
+        """Bytes, sub-byte elements packed."""
+        return self.elements * _BYTES.get(self.dtype, 4.0)
+
+
+_BYTES = {
+    "float64": 8.0,
+    "int64": 8.0,
+    "uint64": 8.0,
+    "float16": 2.0,
+    "bfloat16": 2.0,
+    "int16": 2.0,
+    "uint16": 2.0,
+    "int8": 1.0,
+    "uint8": 1.0,
+    "bool": 1.0,
+    "int4": 0.5,
+    "uint4": 0.5,
+    "int2": 0.25,
+    "uint2": 0.25,
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Features:
+    """One kernel as a cost model sees it.
+
+    `family`: what kind of work ("convolution/depthwise"); `type`: the runtime's operator; `dtype`:
+    what it computes in. `amounts`: what time grows with, all non-negative: `macs`, `padded_macs`,
+    `elements` (written), `read`, `written` and `weights` (bytes), `launch` (1). `coordinates`:
+    where the kernel lies among those of its family, in logarithms to base 2 or small numbers;
+    every kernel of a family has the same ones.
+    """
+
+    family: str
+    type: str
+    dtype: str
+    amounts: Mapping[str, float]
+    coordinates: Mapping[str, float]
+
+    @property
+    def keys(self) -> tuple[str, str]:
+        """Classes to look the kernel up in: its own operator first, then its family."""
+        return f"{self.family}:{self.type}:{self.dtype}", f"{self.family}:{self.dtype}"
+
+
+FUNCTIONS = frozenset(
+    "Sigmoid Tanh Erf Exp Log Gelu FastGelu QuickGelu BiasGelu Softplus Mish Elu Celu Selu Swish "
+    "Sin Cos Tan Asin Acos Atan Sinh Cosh Asinh Acosh Atanh Pow QLinearSigmoid Softsign".split()
+)
+"""Elementwise operators that evaluate a function of some length at each element."""
+
+_CHEAP = frozenset(
+    "Add Sub Mul Div Relu Clip LeakyRelu HardSigmoid HardSwish Abs Neg Min Max Sqrt Reciprocal "
+    "Where Equal Greater Less GreaterOrEqual LessOrEqual And Or Not Xor Sign Floor Ceil Round Mod "
+    "PRelu ThresholdedRelu Sum Mean QLinearAdd QLinearMul QLinearLeakyRelu QLinearWhere Trilu "
+    "BitShift IsNaN IsInf".split()
+)
+_FAMILIES: Mapping[str, str] = MappingProxyType(
+    {
+        **dict.fromkeys(FUNCTIONS, "elementwise/function"),
+        **dict.fromkeys(_CHEAP, "elementwise/plain"),
+        **dict.fromkeys(
+            "LayerNormalization SkipLayerNormalization SimplifiedLayerNormalization "
+            "SkipSimplifiedLayerNormalization RMSNormalization InstanceNormalization "
+            "GroupNormalization GroupNorm BatchNormalization LpNormalization LRN "
+            "MeanVarianceNormalization EmbedLayerNormalization".split(),
+            "normalization",
+        ),
+        **dict.fromkeys("Softmax LogSoftmax Hardmax QLinearSoftmax".split(), "softmax"),
+        **dict.fromkeys(
+            "ReduceMean ReduceSum ReduceMax ReduceMin ReduceL1 ReduceL2 ReduceProd ReduceSumSquare "
+            "ReduceLogSumExp ArgMax ArgMin TopK CumSum QLinearReduceMean".split(),
+            "reduction",
+        ),
+        **dict.fromkeys(
+            "MaxPool AveragePool LpPool QLinearAveragePool NhwcMaxPool".split(), "pooling"
+        ),
+        **dict.fromkeys(
+            "GlobalAveragePool GlobalMaxPool QLinearGlobalAveragePool".split(), "pooling/global"
+        ),
+        **dict.fromkeys("Transpose DepthToSpace SpaceToDepth".split(), "movement/transpose"),
+        **dict.fromkeys("ReorderInput ReorderOutput".split(), "movement/reorder"),
+        **dict.fromkeys(
+            "Concat Split Slice Pad Tile Expand QLinearConcat Reshape Flatten Squeeze Unsqueeze "
+            "Identity ConstantOfShape Range OneHot Compress ScatterND ScatterElements".split(),
+            "movement/copy",
+        ),
+        **dict.fromkeys("Gather GatherElements GatherND GatherBlockQuantized".split(), "gather"),
+        **dict.fromkeys("Resize Upsample GridSample RoiAlign".split(), "resize"),
+        **dict.fromkeys(
+            "QuantizeLinear DequantizeLinear DynamicQuantizeLinear".split(), "quantization"
+        ),
+        **dict.fromkeys(("Cast", "CastLike"), "cast"),
+        **dict.fromkeys("LSTM GRU RNN DynamicQuantizeLSTM AttnLSTM".split(), "recurrent"),
+        **dict.fromkeys(
+            "Attention MultiHeadAttention GroupQueryAttention QAttention PackedAttention".split(),
+            "attention",
+        ),
+        "RotaryEmbedding": "elementwise/function",
+        "Einsum": "matmul/batched",
+    }
+)
+_CONVOLUTIONS: Mapping[str, tuple[int, int]] = MappingProxyType(
+    # operator: positions of data and weight
+    {
+        "Conv": (0, 1),
+        "FusedConv": (0, 1),
+        "NhwcFusedConv": (0, 1),
+        "ConvInteger": (0, 1),
+        "QLinearConv": (0, 3),
+        "ConvTranspose": (0, 1),
+    }
+)
+_PRODUCTS: Mapping[str, tuple[int, int]] = MappingProxyType(
+    {
+        "MatMul": (0, 1),
+        "FusedMatMul": (0, 1),
+        "FusedMatMulActivation": (0, 1),
+        "TransposeMatMul": (0, 1),
+        "Gemm": (0, 1),
+        "FusedGemm": (0, 1),
+        "MatMulInteger": (0, 1),
+        "MatMulIntegerToFloat": (0, 1),
+        "DynamicQuantizeMatMul": (0, 1),
+        "QLinearMatMul": (0, 3),
+        "QGemm": (0, 3),
+        "MatMulNBits": (0, 1),
+        "MatMulFpQ4": (0, 1),
+    }
+)
+_INTEGER = ("int8", "uint8")
+
+
+def features(
+    op_type: str,
+    domain: str,
+    inputs: Sequence[Operand | None],
+    outputs: Sequence[Operand],
+    attributes: Mapping[str, Any] | None = None,
+    macs: float = 0.0,
+) -> Features:
+    """Describe one kernel. Inputs left out are None; `domain` is the runtime's ("" for ONNX).
+
+    `attributes` are used where shapes do not tell (transposed products, permutations); a runtime's
+    report has none, and then the common case is taken. `macs`: of operators whose arithmetic their
+    shapes do not tell here (attention, recurrent, unknown ones).
+    """
+    attributes = attributes or {}
+    present = [operand for operand in inputs if operand is not None]
+    if op_type in _CONVOLUTIONS and outputs:
+        found = _convolution(op_type, domain, inputs, outputs)
+        if found is not None:
+            return found
+    if op_type in _PRODUCTS and outputs:
+        found = _product(op_type, inputs, outputs, attributes)
+        if found is not None:
+            return found
+    return _other(op_type, present, outputs, attributes, macs)
+
+
+def _amounts(
+    present: Sequence[Operand], outputs: Sequence[Operand], weights: float, **more: float
+) -> dict[str, float]:
+    read = sum(operand.nbytes for operand in present)
+    return {
+        "launch": 1.0,
+        "read": max(0.0, read - weights),
+        "weights": weights,
+        "written": sum(operand.nbytes for operand in outputs),
+        **more,
+    }
+
+
+def _log(value: float) -> float:
+    return math.log2(max(1.0, value))
+
+
+def _convolution(
+    op_type: str, domain: str, inputs: Sequence[Operand | None], outputs: Sequence[Operand]
+) -> Features | None:
+    data_index, weight_index = _CONVOLUTIONS[op_type]
+    if len(inputs) <= weight_index:
+        return None
+    data, weight, result = inputs[data_index], inputs[weight_index], outputs[0]
+    if data is None or weight is None or len(weight.shape) < 3 or len(data.shape) < 3:
+        return None
+    area = math.prod(weight.shape[2:])
+    transposed = op_type == "ConvTranspose"
+    channels_last = op_type == "NhwcFusedConv" or (
+        op_type == "QLinearConv" and domain == "com.microsoft"
+    )
+    spatial = slice(1, -1) if channels_last else slice(2, None)
+    channels_in = data.shape[-1] if channels_last else data.shape[1]
+    channels_out = result.shape[-1] if channels_last else result.shape[1]
+    pixels_in = math.prod(data.shape[spatial]) * data.shape[0]
+    pixels = math.prod(result.shape[spatial]) * result.shape[0]
+    per_group = weight.shape[0] if transposed else weight.shape[1]
+    groups = 1 if transposed else max(1, channels_in // max(1, per_group))
+    group_out = max(1, channels_out // groups)
+    macs = float(channels_in * weight.shape[1] * area * pixels_in) if transposed else float(
+        pixels * channels_out * per_group * area
+    )
+    if transposed:
+        kind = "transposed"
+    elif groups > 1 and per_group == 1 and group_out == 1:
+        kind = "depthwise"
+    elif groups > 1:
+        kind = "grouped"
+    elif channels_in < LANES // 2:
+        kind = "first"
+    else:
+        kind = "pointwise" if area == 1 else "spatial"
+    padded = float(
+        pixels
+        * area
+        * groups
+        * math.ceil(group_out / LANES)
+        * LANES
+        * (1 if kind in ("depthwise", "first") else per_group)
+    )
+    if kind == "depthwise":
+        padded = float(pixels * area * math.ceil(channels_out / LANES) * LANES)
+    elif kind == "first":
+        padded *= per_group
+    present = [operand for operand in inputs if operand is not None]
+    return Features(
+        f"convolution/{kind}",
+        f"{op_type}@nchwc" if domain.endswith("nchwc") else op_type,
+        "int8" if data.dtype in _INTEGER else data.dtype,
+        MappingProxyType(
+            _amounts(
+                present,
+                outputs,
+                weight.nbytes,
+                macs=macs,
+                padded_macs=padded,
+                elements=float(result.elements),
+                unrolled=float(pixels * area * channels_in) if area > 1 else 0.0,
+            )
+        ),
+        MappingProxyType(
+            {
+                "in": _log(per_group),
+                "out": _log(group_out),
+                "groups": _log(groups),
+                "pixels": _log(pixels),
+                "area": _log(area),
+                "stride": _log(pixels_in / max(1, pixels)) / 2,
+                "fill": channels_out / (math.ceil(channels_out / LANES) * LANES),
+                "square": _squareness(weight.shape[2:]),
+            }
+        ),
+    )
+
+
+def _squareness(extents: Sequence[int]) -> float:
+    """0 for k x k, 1 for 1 x k."""
+    if len(extents) < 2 or max(extents) == 1:
+        return 0.0
+    return (max(extents) - min(extents)) / (max(extents) - 1)
+
+
+def _product(
+    op_type: str,
+    inputs: Sequence[Operand | None],
+    outputs: Sequence[Operand],
+    attributes: Mapping[str, Any],
+) -> Features | None:
+    left_index, right_index = _PRODUCTS[op_type]
+    if len(inputs) <= right_index:
+        return None
+    left, right, result = inputs[left_index], inputs[right_index], outputs[0]
+    if left is None or right is None or not left.shape or not right.shape or not result.shape:
+        return None
+    rows, columns = (result.shape[-2] if len(result.shape) > 1 else 1), result.shape[-1]
+    depth = left.shape[-1]
+    if attributes.get("transA") and len(left.shape) > 1:
+        depth = left.shape[-2]
+    elif op_type != "MatMulNBits" and len(right.shape) > 1 and depth not in right.shape:
+        depth = left.shape[-2] if len(left.shape) > 1 else depth
+    shared = op_type == "MatMulNBits" or right.constant or len(right.shape) <= 2
+    batch = math.prod(result.shape[:-2])
+    if shared:
+        rows, batch = rows * batch, 1
+    macs = float(batch * rows * columns * depth)
+    present = [operand for operand in inputs if operand is not None]
+    dtype = "int8" if left.dtype in _INTEGER or op_type == "DynamicQuantizeMatMul" else left.dtype
+    if op_type == "MatMulNBits":
+        dtype = f"int{int(attributes.get('bits', 4))}"
+    return Features(
+        "matmul/weights" if shared else "matmul/batched",
+        op_type,
+        dtype,
+        MappingProxyType(
+            _amounts(
+                present,
+                outputs,
+                right.nbytes if shared else 0.0,
+                macs=macs,
+                padded_macs=float(batch * rows * math.ceil(columns / LANES) * LANES * depth),
+                elements=float(result.elements),
+            )
+        ),
+        MappingProxyType(
+            {
+                "rows": _log(rows),
+                "columns": _log(columns),
+                "depth": _log(depth),
+                "batch": _log(batch),
+                "fill": columns / (math.ceil(columns / LANES) * LANES),
+            }
+        ),
+    )
+
+
+def _other(
+    op_type: str,
+    present: Sequence[Operand],
+    outputs: Sequence[Operand],
+    attributes: Mapping[str, Any],
+    macs: float,
+) -> Features:
+    family = _FAMILIES.get(op_type, f"other/{op_type}")
+    result = outputs[0] if outputs else Operand(())
+    first = present[0] if present else result
+    largest = max(present, key=lambda o: o.elements, default=result)
+    weights = sum(o.nbytes for o in present[1:] if o.constant and len(o.shape) > 1)
+    reads = present
+    if family == "gather" and present:  # only what is picked is read
+        reads = [Operand(result.shape, first.dtype), *present[1:]]
+        weights = 0.0
+    elements = float(max(result.elements, first.elements if family != "gather" else 0))
+    if family.startswith("elementwise") and op_type not in FUNCTIONS:
+        full = [o for o in present if o.elements == result.elements and o.elements > 1]
+        if len(present) > 1 and len(full) < 2:
+            family = "elementwise/broadcast"
+    inner = result.shape[-1] if result.shape else 1
+    run = inner
+    if family == "elementwise/broadcast":
+        run = _broadcast_run(present, result)
+    elif family == "movement/transpose":
+        run = _copied_run(first, result, attributes)
+    elif family == "reduction":
+        run = max(1, first.elements // max(1, result.elements))
+    dtype = "int8" if first.dtype in _INTEGER else first.dtype
+    return Features(
+        family,
+        op_type,
+        dtype,
+        MappingProxyType(
+            _amounts(
+                reads,
+                outputs,
+                min(weights, sum(o.nbytes for o in reads)),
+                macs=macs,
+                padded_macs=macs,
+                elements=elements,
+            )
+        ),
+        MappingProxyType(
+            {
+                "elements": _log(elements),
+                "inner": _log(inner),
+                "run": _log(run),
+                "inputs": float(min(8, len(present))),
+                "outputs": float(min(8, len(outputs))),
+                "shrink": _log(largest.elements / max(1, result.elements)),
+            }
+        ),
+    )
+
+
+def _broadcast_run(present: Sequence[Operand], result: Operand) -> int:
+    """Elements of the result in a row for which the smaller operand stays one or moves along."""
+    smaller = min(present, key=lambda o: o.elements)
+    shape = (1,) * (len(result.shape) - len(smaller.shape)) + smaller.shape
+    run = 1
+    for extent, own in zip(reversed(result.shape), reversed(shape), strict=False):
+        if own != 1 and run > 1 and extent == own and smaller.elements > own:
+            run *= extent
+            continue
+        if own == 1 or run == 1:
+            run *= extent
+            if own != 1:
+                break
+            continue
+        break
+    return run
+
+
+def _copied_run(first: Operand, result: Operand, attributes: Mapping[str, Any]) -> int:
+    """Elements that a transposition moves in one piece: the extents that stay last."""
+    permutation = attributes.get("perm")
+    run = 1
+    if permutation is None:
+        for before, after in zip(reversed(first.shape), reversed(result.shape), strict=False):
+            if before != after:
+                break
+            run *= after
+        return run
+    for axis in range(len(result.shape) - 1, -1, -1):
+        if permutation[axis] != axis:
+            break
+        run *= result.shape[axis]
+    return run
