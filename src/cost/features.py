@@ -232,8 +232,10 @@ def _convolution(
     per_group = weight.shape[0] if transposed else weight.shape[1]
     groups = 1 if transposed else max(1, channels_in // max(1, per_group))
     group_out = max(1, channels_out // groups)
-    macs = float(channels_in * weight.shape[1] * area * pixels_in) if transposed else float(
-        pixels * channels_out * per_group * area
+    macs = (
+        float(channels_in * weight.shape[1] * area * pixels_in)
+        if transposed
+        else float(pixels * channels_out * per_group * area)
     )
     if transposed:
         kind = "transposed"
