@@ -79,56 +79,174 @@ class Features:
 
 
 FUNCTIONS = frozenset(
-    "Sigmoid Tanh Erf Exp Log Gelu FastGelu QuickGelu BiasGelu Softplus Mish Elu Celu Selu Swish "
-    "Sin Cos Tan Asin Acos Atan Sinh Cosh Asinh Acosh Atanh Pow QLinearSigmoid Softsign".split()
+    [
+        "Sigmoid",
+        "Tanh",
+        "Erf",
+        "Exp",
+        "Log",
+        "Gelu",
+        "FastGelu",
+        "QuickGelu",
+        "BiasGelu",
+        "Softplus",
+        "Mish",
+        "Elu",
+        "Celu",
+        "Selu",
+        "Swish",
+        "Sin",
+        "Cos",
+        "Tan",
+        "Asin",
+        "Acos",
+        "Atan",
+        "Sinh",
+        "Cosh",
+        "Asinh",
+        "Acosh",
+        "Atanh",
+        "Pow",
+        "QLinearSigmoid",
+        "Softsign",
+    ]
 )
 """Elementwise operators that evaluate a function of some length at each element."""
 
 _CHEAP = frozenset(
-    "Add Sub Mul Div Relu Clip LeakyRelu HardSigmoid HardSwish Abs Neg Min Max Sqrt Reciprocal "
-    "Where Equal Greater Less GreaterOrEqual LessOrEqual And Or Not Xor Sign Floor Ceil Round Mod "
-    "PRelu ThresholdedRelu Sum Mean QLinearAdd QLinearMul QLinearLeakyRelu QLinearWhere Trilu "
-    "BitShift IsNaN IsInf".split()
+    [
+        "Add",
+        "Sub",
+        "Mul",
+        "Div",
+        "Relu",
+        "Clip",
+        "LeakyRelu",
+        "HardSigmoid",
+        "HardSwish",
+        "Abs",
+        "Neg",
+        "Min",
+        "Max",
+        "Sqrt",
+        "Reciprocal",
+        "Where",
+        "Equal",
+        "Greater",
+        "Less",
+        "GreaterOrEqual",
+        "LessOrEqual",
+        "And",
+        "Or",
+        "Not",
+        "Xor",
+        "Sign",
+        "Floor",
+        "Ceil",
+        "Round",
+        "Mod",
+        "PRelu",
+        "ThresholdedRelu",
+        "Sum",
+        "Mean",
+        "QLinearAdd",
+        "QLinearMul",
+        "QLinearLeakyRelu",
+        "QLinearWhere",
+        "Trilu",
+        "BitShift",
+        "IsNaN",
+        "IsInf",
+    ]
 )
 _FAMILIES: Mapping[str, str] = MappingProxyType(
     {
         **dict.fromkeys(FUNCTIONS, "elementwise/function"),
         **dict.fromkeys(_CHEAP, "elementwise/plain"),
         **dict.fromkeys(
-            "LayerNormalization SkipLayerNormalization SimplifiedLayerNormalization "
-            "SkipSimplifiedLayerNormalization RMSNormalization InstanceNormalization "
-            "GroupNormalization GroupNorm BatchNormalization LpNormalization LRN "
-            "MeanVarianceNormalization EmbedLayerNormalization".split(),
+            [
+                "LayerNormalization",
+                "SkipLayerNormalization",
+                "SimplifiedLayerNormalization",
+                "SkipSimplifiedLayerNormalization",
+                "RMSNormalization",
+                "InstanceNormalization",
+                "GroupNormalization",
+                "GroupNorm",
+                "BatchNormalization",
+                "LpNormalization",
+                "LRN",
+                "MeanVarianceNormalization",
+                "EmbedLayerNormalization",
+            ],
             "normalization",
         ),
-        **dict.fromkeys("Softmax LogSoftmax Hardmax QLinearSoftmax".split(), "softmax"),
+        **dict.fromkeys(["Softmax", "LogSoftmax", "Hardmax", "QLinearSoftmax"], "softmax"),
         **dict.fromkeys(
-            "ReduceMean ReduceSum ReduceMax ReduceMin ReduceL1 ReduceL2 ReduceProd ReduceSumSquare "
-            "ReduceLogSumExp ArgMax ArgMin TopK CumSum QLinearReduceMean".split(),
+            [
+                "ReduceMean",
+                "ReduceSum",
+                "ReduceMax",
+                "ReduceMin",
+                "ReduceL1",
+                "ReduceL2",
+                "ReduceProd",
+                "ReduceSumSquare",
+                "ReduceLogSumExp",
+                "ArgMax",
+                "ArgMin",
+                "TopK",
+                "CumSum",
+                "QLinearReduceMean",
+            ],
             "reduction",
         ),
         **dict.fromkeys(
-            "MaxPool AveragePool LpPool QLinearAveragePool NhwcMaxPool".split(), "pooling"
+            ["MaxPool", "AveragePool", "LpPool", "QLinearAveragePool", "NhwcMaxPool"], "pooling"
         ),
         **dict.fromkeys(
-            "GlobalAveragePool GlobalMaxPool QLinearGlobalAveragePool".split(), "pooling/global"
+            ["GlobalAveragePool", "GlobalMaxPool", "QLinearGlobalAveragePool"], "pooling/global"
         ),
-        **dict.fromkeys("Transpose DepthToSpace SpaceToDepth".split(), "movement/transpose"),
-        **dict.fromkeys("ReorderInput ReorderOutput".split(), "movement/reorder"),
+        **dict.fromkeys(["Transpose", "DepthToSpace", "SpaceToDepth"], "movement/transpose"),
+        **dict.fromkeys(["ReorderInput", "ReorderOutput"], "movement/reorder"),
         **dict.fromkeys(
-            "Concat Split Slice Pad Tile Expand QLinearConcat Reshape Flatten Squeeze Unsqueeze "
-            "Identity ConstantOfShape Range OneHot Compress ScatterND ScatterElements".split(),
+            [
+                "Concat",
+                "Split",
+                "Slice",
+                "Pad",
+                "Tile",
+                "Expand",
+                "QLinearConcat",
+                "Reshape",
+                "Flatten",
+                "Squeeze",
+                "Unsqueeze",
+                "Identity",
+                "ConstantOfShape",
+                "Range",
+                "OneHot",
+                "Compress",
+                "ScatterND",
+                "ScatterElements",
+            ],
             "movement/copy",
         ),
-        **dict.fromkeys("Gather GatherElements GatherND GatherBlockQuantized".split(), "gather"),
-        **dict.fromkeys("Resize Upsample GridSample RoiAlign".split(), "resize"),
+        **dict.fromkeys(["Gather", "GatherElements", "GatherND", "GatherBlockQuantized"], "gather"),
+        **dict.fromkeys(["Resize", "Upsample", "GridSample", "RoiAlign"], "resize"),
         **dict.fromkeys(
-            "QuantizeLinear DequantizeLinear DynamicQuantizeLinear".split(), "quantization"
+            ["QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"], "quantization"
         ),
         **dict.fromkeys(("Cast", "CastLike"), "cast"),
-        **dict.fromkeys("LSTM GRU RNN DynamicQuantizeLSTM AttnLSTM".split(), "recurrent"),
+        **dict.fromkeys(["LSTM", "GRU", "RNN", "DynamicQuantizeLSTM", "AttnLSTM"], "recurrent"),
         **dict.fromkeys(
-            "Attention MultiHeadAttention GroupQueryAttention QAttention PackedAttention".split(),
+            [
+                "Attention",
+                "MultiHeadAttention",
+                "GroupQueryAttention",
+                "QAttention",
+                "PackedAttention",
+            ],
             "attention",
         ),
         "RotaryEmbedding": "elementwise/function",

@@ -1,7 +1,7 @@
 """A device's latency profile: fitted numbers as JSON, and the prediction that they make.
 
-Here: `Profile` and its parts, reading and writing them, and `Profile.predict`, a sum over kernels of
-a non-negative base (so much a MAC, a byte, a launch) times a learned correction near measured
+Here: `Profile` and its parts, reading and writing them, and `Profile.predict`, a sum over kernels
+of a non-negative base (so much a MAC, a byte, a launch) times a learned correction near measured
 kernels. Evaluating needs numpy alone. Not here: fitting (`calibrate`, `timings`, `fleet`), and what
 is said of a kernel (`features`).
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import EdgepassError
 from .features import Features
@@ -32,7 +33,7 @@ class ProfileError(EdgepassError):
     exit_code = 2
 
 
-Array = np.ndarray
+Array = NDArray[np.float64]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,18 +55,21 @@ class Correction:
     def factors(self, rows: Array) -> Array:
         """Factors of kernels, [n], from their coordinates, [n, len(coordinates)]."""
         total = self._similarity(rows) @ self.weights
-        return np.clip(np.exp(total) if self.link == "log" else 1.0 + total, *CLIP)
+        factors: Array = np.exp(total) if self.link == "log" else 1.0 + total
+        return factors.clip(*CLIP)
 
     def novelty(self, rows: Array) -> Array:
         """How far kernels lie from every known one: 0 beside one, towards 1 far away, [n]."""
         if not len(self.points):
             return np.ones(len(rows))
-        return 1.0 - self._similarity(rows).max(axis=1)
+        novelty: Array = 1.0 - self._similarity(rows).max(axis=1)
+        return novelty
 
     def _similarity(self, rows: Array) -> Array:
         left, right = rows / self.scales, self.points / self.scales
         squares = (left**2).sum(1)[:, None] + (right**2).sum(1)[None, :] - 2.0 * left @ right.T
-        return np.exp(-0.5 * np.maximum(squares, 0.0))
+        found: Array = np.exp(-0.5 * np.maximum(squares, 0.0))
+        return found
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
