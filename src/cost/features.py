@@ -20,7 +20,7 @@ LANES = 16
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Operand:
-    """A tensor at a kernel's edge. `dtype`: a name as numpy's, "float32"; bits for 4-bit: "int4"."""
+    """A tensor at a kernel's edge. `dtype` is a name as numpy has it ("float32"), or "int4"."""
 
     shape: tuple[int, ...]
     dtype: str = "float32"
@@ -78,180 +78,43 @@ class Features:
         return f"{self.family}:{self.type}:{self.dtype}", f"{self.family}:{self.dtype}"
 
 
-FUNCTIONS = frozenset(
-    [
-        "Sigmoid",
-        "Tanh",
-        "Erf",
-        "Exp",
-        "Log",
-        "Gelu",
-        "FastGelu",
-        "QuickGelu",
-        "BiasGelu",
-        "Softplus",
-        "Mish",
-        "Elu",
-        "Celu",
-        "Selu",
-        "Swish",
-        "Sin",
-        "Cos",
-        "Tan",
-        "Asin",
-        "Acos",
-        "Atan",
-        "Sinh",
-        "Cosh",
-        "Asinh",
-        "Acosh",
-        "Atanh",
-        "Pow",
-        "QLinearSigmoid",
-        "Softsign",
-    ]
-)
-"""Elementwise operators that evaluate a function of some length at each element."""
-
-_CHEAP = frozenset(
-    [
-        "Add",
-        "Sub",
-        "Mul",
-        "Div",
-        "Relu",
-        "Clip",
-        "LeakyRelu",
-        "HardSigmoid",
-        "HardSwish",
-        "Abs",
-        "Neg",
-        "Min",
-        "Max",
-        "Sqrt",
-        "Reciprocal",
-        "Where",
-        "Equal",
-        "Greater",
-        "Less",
-        "GreaterOrEqual",
-        "LessOrEqual",
-        "And",
-        "Or",
-        "Not",
-        "Xor",
-        "Sign",
-        "Floor",
-        "Ceil",
-        "Round",
-        "Mod",
-        "PRelu",
-        "ThresholdedRelu",
-        "Sum",
-        "Mean",
-        "QLinearAdd",
-        "QLinearMul",
-        "QLinearLeakyRelu",
-        "QLinearWhere",
-        "Trilu",
-        "BitShift",
-        "IsNaN",
-        "IsInf",
-    ]
-)
+_WORDS = {
+    "elementwise/function": """
+        Sigmoid Tanh Erf Exp Log Gelu FastGelu QuickGelu BiasGelu Softplus Mish Elu Celu Selu Swish
+        Sin Cos Tan Asin Acos Atan Sinh Cosh Asinh Acosh Atanh Pow QLinearSigmoid Softsign
+        RotaryEmbedding""",
+    "elementwise/plain": """
+        Add Sub Mul Div Relu Clip LeakyRelu HardSigmoid HardSwish Abs Neg Min Max Sqrt Reciprocal
+        Where Equal Greater Less GreaterOrEqual LessOrEqual And Or Not Xor Sign Floor Ceil Round
+        Mod PRelu ThresholdedRelu Sum Mean QLinearAdd QLinearMul QLinearLeakyRelu QLinearWhere
+        Trilu BitShift IsNaN IsInf""",
+    "normalization": """
+        LayerNormalization SkipLayerNormalization SimplifiedLayerNormalization
+        SkipSimplifiedLayerNormalization RMSNormalization InstanceNormalization GroupNormalization
+        GroupNorm BatchNormalization LpNormalization LRN MeanVarianceNormalization
+        EmbedLayerNormalization""",
+    "softmax": "Softmax LogSoftmax Hardmax QLinearSoftmax",
+    "reduction": """
+        ReduceMean ReduceSum ReduceMax ReduceMin ReduceL1 ReduceL2 ReduceProd ReduceSumSquare
+        ReduceLogSumExp ArgMax ArgMin TopK CumSum QLinearReduceMean""",
+    "pooling": "MaxPool AveragePool LpPool QLinearAveragePool NhwcMaxPool",
+    "pooling/global": "GlobalAveragePool GlobalMaxPool QLinearGlobalAveragePool",
+    "movement/transpose": "Transpose DepthToSpace SpaceToDepth",
+    "movement/reorder": "ReorderInput ReorderOutput",
+    "movement/copy": """
+        Concat Split Slice Pad Tile Expand QLinearConcat Reshape Flatten Squeeze Unsqueeze Identity
+        ConstantOfShape Range OneHot Compress ScatterND ScatterElements""",
+    "gather": "Gather GatherElements GatherND GatherBlockQuantized",
+    "resize": "Resize Upsample GridSample RoiAlign",
+    "quantization": "QuantizeLinear DequantizeLinear DynamicQuantizeLinear",
+    "cast": "Cast CastLike",
+    "recurrent": "LSTM GRU RNN DynamicQuantizeLSTM AttnLSTM",
+    "attention": """
+        Attention MultiHeadAttention GroupQueryAttention QAttention PackedAttention""",
+    "matmul/batched": "Einsum",
+}
 _FAMILIES: Mapping[str, str] = MappingProxyType(
-    {
-        **dict.fromkeys(FUNCTIONS, "elementwise/function"),
-        **dict.fromkeys(_CHEAP, "elementwise/plain"),
-        **dict.fromkeys(
-            [
-                "LayerNormalization",
-                "SkipLayerNormalization",
-                "SimplifiedLayerNormalization",
-                "SkipSimplifiedLayerNormalization",
-                "RMSNormalization",
-                "InstanceNormalization",
-                "GroupNormalization",
-                "GroupNorm",
-                "BatchNormalization",
-                "LpNormalization",
-                "LRN",
-                "MeanVarianceNormalization",
-                "EmbedLayerNormalization",
-            ],
-            "normalization",
-        ),
-        **dict.fromkeys(["Softmax", "LogSoftmax", "Hardmax", "QLinearSoftmax"], "softmax"),
-        **dict.fromkeys(
-            [
-                "ReduceMean",
-                "ReduceSum",
-                "ReduceMax",
-                "ReduceMin",
-                "ReduceL1",
-                "ReduceL2",
-                "ReduceProd",
-                "ReduceSumSquare",
-                "ReduceLogSumExp",
-                "ArgMax",
-                "ArgMin",
-                "TopK",
-                "CumSum",
-                "QLinearReduceMean",
-            ],
-            "reduction",
-        ),
-        **dict.fromkeys(
-            ["MaxPool", "AveragePool", "LpPool", "QLinearAveragePool", "NhwcMaxPool"], "pooling"
-        ),
-        **dict.fromkeys(
-            ["GlobalAveragePool", "GlobalMaxPool", "QLinearGlobalAveragePool"], "pooling/global"
-        ),
-        **dict.fromkeys(["Transpose", "DepthToSpace", "SpaceToDepth"], "movement/transpose"),
-        **dict.fromkeys(["ReorderInput", "ReorderOutput"], "movement/reorder"),
-        **dict.fromkeys(
-            [
-                "Concat",
-                "Split",
-                "Slice",
-                "Pad",
-                "Tile",
-                "Expand",
-                "QLinearConcat",
-                "Reshape",
-                "Flatten",
-                "Squeeze",
-                "Unsqueeze",
-                "Identity",
-                "ConstantOfShape",
-                "Range",
-                "OneHot",
-                "Compress",
-                "ScatterND",
-                "ScatterElements",
-            ],
-            "movement/copy",
-        ),
-        **dict.fromkeys(["Gather", "GatherElements", "GatherND", "GatherBlockQuantized"], "gather"),
-        **dict.fromkeys(["Resize", "Upsample", "GridSample", "RoiAlign"], "resize"),
-        **dict.fromkeys(
-            ["QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"], "quantization"
-        ),
-        **dict.fromkeys(("Cast", "CastLike"), "cast"),
-        **dict.fromkeys(["LSTM", "GRU", "RNN", "DynamicQuantizeLSTM", "AttnLSTM"], "recurrent"),
-        **dict.fromkeys(
-            [
-                "Attention",
-                "MultiHeadAttention",
-                "GroupQueryAttention",
-                "QAttention",
-                "PackedAttention",
-            ],
-            "attention",
-        ),
-        "RotaryEmbedding": "elementwise/function",
-        "Einsum": "matmul/batched",
-    }
+    {name: family for family, names in _WORDS.items() for name in names.split()}
 )
 _CONVOLUTIONS: Mapping[str, tuple[int, int]] = MappingProxyType(
     # operator: positions of data and weight
@@ -485,7 +348,7 @@ def _other(
         reads = [Operand(result.shape, first.dtype), *present[1:]]
         weights = 0.0
     elements = float(max(result.elements, first.elements if family != "gather" else 0))
-    if family.startswith("elementwise") and op_type not in FUNCTIONS:
+    if family == "elementwise/plain":
         full = [o for o in present if o.elements == result.elements and o.elements > 1]
         if len(present) > 1 and len(full) < 2:
             family = "elementwise/broadcast"
