@@ -12,7 +12,8 @@ import zlib
 import numpy as np
 import onnx_ir as ir
 
-from .graph import graphs, is_absent
+from .graph import constant_array, graphs, is_absent
+from .quant import INTEGER_OPS
 
 _VARIANCE = 4
 """The input of a BatchNormalization that must be positive."""
@@ -27,21 +28,76 @@ def fill_random_weights(model: ir.Model) -> list[str]:
     """Draw every absent weight, each from a seed made of its name; returns the names drawn.
 
     Weights of two or more dimensions have the variance of He et al. 2015; those of one are small,
-    but for scales and variances, which lie around one. 8-bit weights use their whole range, scales
-    of pairs are positive, zero points are 0. The model is changed in place; the same model gets the
-    same numbers.
+    but for scales and variances, which lie around one. 8-bit weights use their whole range. The
+    numbers of pairs are such as calibration finds: scales are positive, that of a bias is the
+    product of its node's other two (a runtime fuses no other), and the zero point of an activation
+    is 0 behind what is never negative, else the middle. The model is changed in place; the same
+    model gets the same numbers.
     """
-    drawn = []
-    for graph in graphs(model):
-        for name, value in graph.initializers.items():
-            tensor = value.const_value
-            if tensor is None or not is_absent(tensor):
-                continue
-            generator = np.random.default_rng(zlib.crc32(name.encode()))
-            array = _draw(value, tuple(tensor.shape.numpy()), tensor.dtype, generator)
-            value.const_value = ir.Tensor(array, dtype=tensor.dtype, name=name)
-            drawn.append(name)
-    return drawn
+    absent = [
+        value
+        for graph in graphs(model)
+        for value in graph.initializers.values()
+        if is_absent(value.const_value)
+    ]
+    for value in sorted(absent, key=_is_bias_scale):
+        tensor = value.const_value
+        assert tensor is not None
+        shape = tuple(tensor.shape.numpy())
+        array = _bias_scale(value, shape) if _is_bias_scale(value) else None
+        if array is None:
+            original = _moved_from(value)
+            generator = np.random.default_rng(zlib.crc32((original.name or "").encode()))
+            array = _draw(original, shape, tensor.dtype, generator)
+        value.const_value = ir.Tensor(array, dtype=tensor.dtype, name=value.name)
+    return [value.name or "" for value in absent]
+
+
+def _moved_from(value: ir.Value) -> ir.Value:
+    """The number of the pair that a value was moved from by nodes that keep its range, or itself.
+
+    A pooling or a transposition runs in integers only with the same scale on both sides.
+    """
+    for node, index in value.uses():
+        if node.op_type != "QuantizeLinear" or index == 0 or node.inputs[0] is None:
+            continue
+        maker = node.inputs[0].producer()
+        if maker is None or maker.op_type not in INTEGER_OPS:
+            continue
+        before = maker.inputs[0].producer() if maker.inputs[0] is not None else None
+        keeps = INTEGER_OPS[maker.op_type].same_scale
+        if keeps and before is not None and before.op_type == "DequantizeLinear":
+            earlier = before.inputs[index]
+            return value if earlier is None else _moved_from(earlier)
+    return value
+
+
+def _is_bias_scale(value: ir.Value) -> bool:
+    return any(
+        index == 1
+        and node.op_type == "DequantizeLinear"
+        and node.inputs[0] is not None
+        and node.inputs[0].dtype == ir.DataType.INT32
+        for node, index in value.uses()
+    )
+
+
+def _bias_scale(value: ir.Value, shape: tuple[int, ...]) -> np.ndarray | None:
+    """Scale of the data times scale of the weight of the node that the bias goes into."""
+    for pair, _ in value.uses():
+        for node, index in pair.outputs[0].uses():
+            scales = [_scale_of(source) for source in node.inputs[:2]]
+            if index == 2 and all(scale is not None for scale in scales):
+                product = np.asarray(scales[0]) * np.asarray(scales[1])
+                return np.broadcast_to(product, shape).astype(np.float32)
+    return None
+
+
+def _scale_of(source: ir.Value | None) -> np.ndarray | None:
+    pair = source.producer() if source is not None else None
+    if pair is None or pair.op_type != "DequantizeLinear" or pair.inputs[1] is None:
+        return None
+    return constant_array(pair.inputs[1])
 
 
 def _draw(
@@ -49,7 +105,9 @@ def _draw(
 ) -> np.ndarray:
     kind = dtype.numpy()
     if dtype.is_integer():
-        if _is_zero_point(value) or dtype.bitwidth > 8 or not shape:
+        if _is_zero_point(value):
+            return np.full(shape, _zero_point(value, dtype)).astype(kind)
+        if dtype.bitwidth > 8 or not shape:
             return np.zeros(shape, kind)
         limits = _limits(dtype)
         return _repeated(generator.integers(*limits, _count(shape)), shape).astype(kind)
@@ -98,6 +156,20 @@ def _is_zero_point(value: ir.Value) -> bool:
         (user.op_type in _QUANTIZED and index == 2) or "zero_point" in _parameter_name(user, index)
         for user, index in value.uses()
     )
+
+
+_NEVER_NEGATIVE = ("Relu", "Clip", "Sigmoid", "HardSigmoid", "Softmax", "Abs")
+
+
+def _zero_point(value: ir.Value, dtype: ir.DataType) -> int:
+    if dtype != ir.DataType.UINT8:
+        return 0
+    for node, _ in value.uses():
+        if node.op_type == "QuantizeLinear" and node.inputs[0] is not None:
+            maker = node.inputs[0].producer()
+            if maker is not None and maker.op_type in _NEVER_NEGATIVE:
+                return 0
+    return 128
 
 
 _PARAMETERS = {
