@@ -1,27 +1,36 @@
-"""A first latency: a roofline over kernels with assumed efficiencies, and a wide interval.
+"""Latency of one inference: by a profile where the target has one, else by an assumed roofline.
 
-Here: `kernel_ms` and `latency`. Nothing here was fitted to a device, and every latency says
-*assumed*: it is for comparing recipes on one target, and for the order of magnitude. Not here:
-which kernels there are (`kernels`).
+Here: `latency` and `Latency`. Predictions from a profile say *calibrated*; what nobody fitted to a
+device says *assumed*, and is for comparing recipes on one target and for the order of magnitude.
+Not here: which kernels there are (`kernels`), what a profile is (`profile`).
 
-A kernel takes as long as the slower of its arithmetic and its memory traffic (the roofline of
-Williams, Waterman and Patterson, 2009), plus the cost of a launch.
+Assumed, a kernel takes as long as the slower of its arithmetic and its memory traffic (the roofline
+of Williams, Waterman and Patterson, 2009), plus the cost of a launch.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import onnx_ir as ir
+
 from ..ir.ops import Category
 from ..targets.target import Hardware, Target
+from .features import Features, Operand, features
 from .kernels import DEPTHWISE, Kernel
+from .profile import Prediction, Profile
+from .runtime_graph import Tensor
 
 ASSUMED = "assumed"
+CALIBRATED = "calibrated"
+MEASURED = "measured"
 SPREAD = 3.0
-"""The interval is from a third to three times the estimate."""
+"""The interval of an assumed latency is from a third to three times the estimate."""
 
 EFFICIENCY: Mapping[str, float] = MappingProxyType(
     {
@@ -43,11 +52,14 @@ _FALLBACK = {"float16": "float32", "bfloat16": "float32", "float64": "float32", 
 
 @dataclasses.dataclass(frozen=True)
 class Latency:
-    """Milliseconds of one inference, batch and sizes as bound, and an interval around it.
+    """Milliseconds of one inference, batch and sizes as bound, and an 80 % interval around it.
 
     `ms` is None when the target's hardware is not described or a dimension has no size. `unknown`
     counts the kernels of unknown cost among `kernels`: they are not in the sum, so it is then a
-    lower bound and the interval has no upper end (`high_ms` None).
+    lower bound and the interval has no upper end (`high_ms` None). `label`: measured, calibrated or
+    assumed. `novel`, `assumed`: shares of the time in kernels unlike any that the profile knows,
+    and in classes that it lacks. `device`, `runtime`: what the profile was fitted on.
+    `kernel_ms`: of each kernel; None where nothing is known.
     """
 
     ms: float | None
@@ -57,6 +69,14 @@ class Latency:
     kernels: int = 0
     unknown: int = 0
     reason: str = ""
+    threads: int = 1
+    profile: str = ""
+    device: str = ""
+    runtime: str = ""
+    held_out: str = ""
+    novel: float = 0.0
+    assumed: float = 0.0
+    kernel_ms: tuple[float | None, ...] = dataclasses.field(default=(), repr=False)
 
     @property
     def unknown_share(self) -> float:
@@ -73,19 +93,108 @@ class Latency:
         return f"{format_ms(self.ms)} ms ({self.label}, {low} to {high})"
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, for `--json` and the manifest."""
-        return dataclasses.asdict(self)
+        """Plain data, for `--json` and the manifest; times of single kernels left out."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name != "kernel_ms"
+        }
 
 
-def latency(found: Sequence[Kernel], target: Target, threads: int = 1) -> Latency:
-    """The sum over kernels on `threads` cores of the target (no more than it has)."""
+def latency(
+    found: Sequence[Kernel], target: Target, threads: int = 1, profile: Profile | None = None
+) -> Latency:
+    """The sum over kernels on `threads` cores, by the profile, or assumed where there is none.
+
+    Threads are no more than the target has, and the nearest that the profile was fitted for.
+    """
+    if profile is not None:
+        return _calibrated(found, target, threads, profile)
     unknown = sum(1 for kernel in found if not kernel.is_known)
     reason = _missing_facts(target.hardware)
     if reason:
-        return Latency(None, None, None, ASSUMED, len(found), unknown, reason)
-    total = sum(kernel_ms(kernel, target.hardware, threads) or 0.0 for kernel in found)
+        return Latency(None, None, None, ASSUMED, len(found), unknown, reason, threads)
+    times = tuple(kernel_ms(kernel, target.hardware, threads) for kernel in found)
+    total = sum(ms or 0.0 for ms in times)
     high = None if unknown else total * SPREAD
-    return Latency(total, total / SPREAD, high, ASSUMED, len(found), unknown)
+    return Latency(
+        total,
+        total / SPREAD,
+        high,
+        ASSUMED,
+        len(found),
+        unknown,
+        threads=threads,
+        assumed=1.0,
+        kernel_ms=times,
+    )
+
+
+def _calibrated(found: Sequence[Kernel], target: Target, threads: int, profile: Profile) -> Latency:
+    described = [describe(kernel) for kernel in found]
+    dtype = main_dtype(described)
+
+    def assumed(index: int) -> float | None:
+        return kernel_ms(found[index], target.hardware, threads)
+
+    made: Prediction = profile.predict(described, threads, dtype=dtype, assumed=assumed)
+    held_out = profile.setting(threads).held_out
+    proof = held_out.get(dtype) or held_out.get("")
+    return Latency(
+        made.ms,
+        made.low_ms,
+        None if made.unknown else made.high_ms,
+        CALIBRATED if made.assumed <= 0.5 else ASSUMED,
+        len(found),
+        made.unknown,
+        threads=made.threads,
+        profile=profile.name,
+        device=profile.device,
+        runtime=profile.runtime,
+        held_out=str(proof) if proof is not None else "",
+        novel=made.novel,
+        assumed=made.assumed,
+        kernel_ms=made.kernel_ms,
+    )
+
+
+def describe(kernel: Kernel) -> Features | None:
+    """What a profile asks about a kernel; None when a size is not known."""
+    if not kernel.is_known:
+        return None
+    inputs = [None if tensor is None else _operand(tensor) for tensor in kernel.inputs]
+    outputs = [_operand(tensor) for tensor in kernel.outputs]
+    known = [found for found in outputs if found is not None]
+    if len(known) != len(outputs) or any(
+        found is None and tensor is not None
+        for found, tensor in zip(inputs, kernel.inputs, strict=True)
+    ):
+        return None
+    return features(
+        kernel.type, kernel.domain, inputs, known, kernel.attributes, float(kernel.macs or 0)
+    )
+
+
+def _operand(tensor: Tensor) -> Operand | None:
+    if tensor.shape is None or tensor.dtype is None:
+        return None
+    return Operand(tensor.shape, _dtype_name(tensor.dtype), tensor.constant)
+
+
+@functools.cache
+def _dtype_name(dtype: ir.DataType) -> str:
+    name = dtype.name.lower()
+    return {"float": "float32", "double": "float64"}.get(name, name)
+
+
+def main_dtype(described: Sequence[Features | None]) -> str:
+    """What most multiply-accumulates are done in; float32 where there are none."""
+    macs: Counter[str] = Counter()
+    for found in described:
+        if found is not None:
+            macs[found.dtype] += int(found.amounts.get("macs", 0.0))
+    best = macs.most_common(1)
+    return best[0][0] if best and best[0][1] else "float32"
 
 
 def kernel_ms(kernel: Kernel, hardware: Hardware, threads: int = 1) -> float | None:
