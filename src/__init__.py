@@ -22,10 +22,13 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 if TYPE_CHECKING:
     from .api import bisect as bisect
     from .api import compile as compile
-    from .api import estimate as estimate
+    from .architecture import Architecture as Architecture
+    from .architecture import estimate as estimate
     from .artifact import Artifact as Artifact
     from .artifact import load as load
     from .compiled import Compiled as Compiled
+    from .cost.budget import Budget as Budget
+    from .cost.profile import Profile as Profile
     from .errors import EdgepassError as EdgepassError
     from .evaluation.ladder import Evaluation as Evaluation
     from .evaluation.ladder import evaluate as evaluate
@@ -56,7 +59,10 @@ if TYPE_CHECKING:
 _HOMES = {
     "bisect": ("api", "bisect"),
     "compile": ("api", "compile"),
-    "estimate": ("api", "estimate"),
+    "Architecture": ("architecture", "Architecture"),
+    "estimate": ("architecture", "estimate"),
+    "Budget": ("cost.budget", "Budget"),
+    "Profile": ("cost.profile", "Profile"),
     "Optimized": ("optimizer", "Optimized"),
     "optimize": ("optimizer", "optimize"),
     "Artifact": ("artifact", "Artifact"),

@@ -1,12 +1,12 @@
-"""The calls a user makes: `compile`, `estimate`, `bisect`. Import -> pipeline -> lower.
+"""The calls a user makes: `compile` and `bisect`. Import -> pipeline -> lower.
 
 Here: putting the parts in order. Not here: what a recipe means (`pipelines`), the result
-(`compiled`), the folder on disk (`artifact`).
+(`compiled`), the folder on disk (`artifact`), `estimate` (`architecture`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,18 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from .architecture import ProgressCall, at_sizes
 from .compiled import Compiled
-from .cost.report import CostReport, Estimate, cost_report
-from .errors import EdgepassError, UnsupportedOpError, UsageError
-from .frontends import load_model, load_notes, to_supported_opset
+from .cost.report import CostReport, cost_report
+from .errors import EdgepassError, UnsupportedOpError
+from .frontends import load_notes, load_supported
 from .ir.graph import all_nodes, graph_tree
-from .ir.sizing import check_dims, dim_name, fix_dims, is_dynamic, static_twin
-from .passes.base import Context, Feed, Pass, Stage
+from .ir.sizing import check_dims, dim_name, fix_dims
+from .passes.base import Context, Feed, Pass
 from .passes.bisect import BisectResult, bisect_passes
 from .passes.driver import run_passes, sort_by_stage
 from .passes.ledger import Ledger
-from .passes.probe import Probe, Sample, default_dims, working_sample
+from .passes.probe import Probe, Sample, working_sample
 from .passes.spec import format_passes
 from .pipelines import epilogue, parse_recipe
 from .samples import as_feeds
@@ -36,8 +37,6 @@ from .targets.target import Runtime, Target
 
 LOSSLESS = 1e-4
 """What a lossless recipe may change, relative to an output's range."""
-
-ProgressCall = Callable[[int, int, str], None]
 
 
 def compile(  # noqa: A001 - the name users look for
@@ -81,7 +80,13 @@ def compile(  # noqa: A001 - the name users look for
         EdgepassError: its subclasses say what, where, why and what to do.
     """
     device = get_target(target)
-    graph = _load(model, example_inputs, dynamic_shapes, input_shapes, weights_required=True)
+    graph = load_supported(
+        model,
+        example_inputs=example_inputs,
+        dynamic_shapes=dynamic_shapes,
+        input_shapes=input_shapes,
+        weights_required=True,
+    )
     if dims:
         check_dims(graph, dims)
         if device.runtime is Runtime.TVM:  # its importer knows fewer computed shapes
@@ -106,7 +111,7 @@ def compile(  # noqa: A001 - the name users look for
         placement.require_fast()
     if recipe == "default" and device.scheme is not None:
         notes.append(_what_int8_adds(graph, device, sizes))
-    report = cost_report(_sized(graph, sizes), device, recipe=recipe, dims=sizes)
+    report = cost_report(at_sizes(graph, sizes), device, recipe=recipe, dims=sizes)
     compiled = Compiled(
         model=graph,
         target=device,
@@ -122,52 +127,6 @@ def compile(  # noqa: A001 - the name users look for
     if original is not None:
         compiled.speed = _time(original, compiled, sample.feed, time_budget_s)
     return compiled
-
-
-def estimate(
-    architecture: Any,
-    target: str | Target = "host",
-    recipes: Iterable[str] = ("fp32", "fp16", "int8"),
-    *,
-    example_inputs: Any = None,
-    dynamic_shapes: Any = None,
-    input_shapes: Sequence[str] | Mapping[str, str] | None = None,
-    dims: Mapping[str, int] | None = None,
-    passes: Sequence[Pass] = (),
-    progress: ProgressCall | None = None,
-) -> Estimate:
-    """What an architecture will cost on a target under each recipe. No weights are needed.
-
-    Takes what `compile` takes, and modules on torch's `meta` device, callables that build one, and
-    ONNX files whose external data is not there. A recipe that can't be priced is reported
-    with its reason; the others are unharmed.
-
-    Raises:
-        EdgepassError: the architecture can't be read, or no recipe is given.
-    """
-    wanted = [recipes] if isinstance(recipes, str) else list(recipes)
-    if not wanted:
-        raise UsageError("No recipe is given", fix='recipes=["fp32", "int8"]')
-    device = get_target(target)
-    plans = {name: sort_by_stage([*parse_recipe(name), *passes]) for name in wanted}
-    tell = progress or _silent
-    tell(0, len(wanted) + 1, "loading")
-    graph = _load(
-        architecture, example_inputs, dynamic_shapes, input_shapes, weights_required=False
-    )
-    sizes = default_dims(graph, dims)
-    context = Context(device, None, sizes)
-    reports: list[CostReport] = []
-    failed: dict[str, str] = {}
-    shared: dict[str, ir.Model] = {}
-    for done, (name, chosen) in enumerate(plans.items()):
-        tell(done + 1, len(wanted) + 1, name)
-        try:
-            reports.append(_price(graph, device, name, chosen, context, shared))
-        except EdgepassError as error:
-            failed[name] = str(error)
-    tell(len(wanted) + 1, len(wanted) + 1, "")
-    return Estimate(device.name, tuple(reports), failed)
 
 
 def bisect(
@@ -192,7 +151,9 @@ def bisect(
     Raises:
         EdgepassError: the model can't be read or run.
     """
-    graph = _load(model, example_inputs, None, input_shapes, weights_required=True)
+    graph = load_supported(
+        model, example_inputs=example_inputs, input_shapes=input_shapes, weights_required=True
+    )
     feeds = None if calibration is None else as_feeds(calibration, input_specs(graph))
     sample = _sample(graph, [feed] if feed is not None else feeds, dims)
     chosen = [*parse_recipe(recipe), *passes, *epilogue()]
@@ -202,27 +163,6 @@ def bisect(
 
 
 # --- parts of compile --------------------------------------------------------------------------
-
-
-def _load(
-    model: Any,
-    example_inputs: Any,
-    dynamic_shapes: Any,
-    input_shapes: Any,
-    *,
-    weights_required: bool,
-) -> ir.Model:
-    graph = load_model(
-        model,
-        example_inputs=example_inputs,
-        dynamic_shapes=dynamic_shapes,
-        input_shapes=input_shapes,
-        weights_required=weights_required,
-    )
-    notes = to_supported_opset(graph)
-    if notes:
-        graph.meta["edgepass.load_notes"] = [*load_notes(graph), *notes]
-    return graph
 
 
 _NO_SAMPLE = (
@@ -325,8 +265,9 @@ def _what_int8_adds(model: ir.Model, target: Target, dims: Mapping[str, int]) ->
     try:
         chosen = parse_recipe("int8")
         context = Context(target, None, dims)
-        before = cost_report(_sized(model, dims), target, recipe="default", dims=dims)
-        after = _price(model, target, "int8", chosen[-1:], context, {})
+        before = cost_report(at_sizes(model, dims), target, recipe="default", dims=dims)
+        plan = chosen[-1].plan(model, context)
+        after = cost_report(at_sizes(model, dims), target, recipe="int8", plan=plan, dims=dims)
     except EdgepassError as error:
         return f'recipe="int8" can\'t be priced here: {error.diagnostic.what}'
     saved = f"{before.file_bytes / 1e6:.2f} MB to {after.file_bytes / 1e6:.2f} MB"
@@ -360,47 +301,3 @@ def _time(
             f"SLOWER than the original in ONNX Runtime on this machine: {1 / speed.ratio:.2f}x"
         )
     return speed
-
-
-# --- parts of estimate -------------------------------------------------------------------------
-
-
-def _price(
-    graph: ir.Model,
-    target: Target,
-    name: str,
-    chosen: Sequence[Pass],
-    context: Context,
-    shared: dict[str, ir.Model],
-) -> CostReport:
-    """Run what runs without weights, plan the rest, and price the outcome.
-
-    `shared` keeps the graph after the passes that several recipes begin with.
-    """
-    planned = [item for item in chosen if item.needs_weights]
-    # a plan is for the graph that quantization sees, before the runtime's own forms are written
-    last = Stage.QUANTIZE if planned else Stage.LOWER
-    free = [item for item in chosen if not item.needs_weights and item.stage <= last]
-    common = [item for item in free if item.lossless]
-    key = format_passes(common)
-    if key not in shared:
-        shared[key], _ = run_passes(graph.clone(), common, context)
-    model = shared[key]
-    special = [item for item in free if not item.lossless]
-    if special:
-        model, _ = run_passes(model.clone(), special, context)
-    plan = None
-    notes = []
-    for item in planned:
-        found = item.plan(model, context)
-        if found is None:
-            notes.append(f"{item}: stored size is not changed by it")
-        else:
-            plan = found
-    sized = _sized(model, context.dims)
-    return cost_report(sized, target, recipe=name, plan=plan, dims=context.dims, notes=notes)
-
-
-def _sized(model: ir.Model, dims: Mapping[str, int]) -> ir.Model:
-    """The model at given sizes, where its inputs have symbolic dimensions."""
-    return static_twin(model, dims) if is_dynamic(model) else model

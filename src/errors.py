@@ -179,3 +179,10 @@ class NumericsError(EdgepassError):
 
     code = "numerics"
     exit_code = 27
+
+
+class ProfileError(EdgepassError):
+    """A latency profile can't be read, found or fitted, or does not fit what is asked of it."""
+
+    code = "profile"
+    exit_code = 28

@@ -16,7 +16,8 @@ from edgepass.cost.buffers import Buffer, alive_bytes, planned_bytes
 from edgepass.cost.kernels import DEPTHWISE, Kernel, kernels
 from edgepass.cost.latency import SPREAD, latency
 from edgepass.cost.memory import activation_memory, peak_activation_bytes
-from edgepass.cost.report import CostReport, Estimate, cost_report
+from edgepass.cost.estimate import Estimate
+from edgepass.cost.report import CostReport, cost_report
 from edgepass.cost.size import file_bytes, parameter_count
 from edgepass.cost.text import format_bytes, format_count
 from edgepass.errors import UsageError
@@ -531,7 +532,7 @@ def test_offenders_are_the_longest_kernels(estimate: Estimate) -> None:
     assert first.ms is not None
     assert second.ms is not None
     assert first.ms >= second.ms > 0
-    assert first.kernel == "Conv+Relu"
+    assert first.op == "Conv+Relu"
     assert estimate.per_node_table("fp32").row_count == len(estimate["fp32"].nodes) == 9
     rows = estimate["fp32"].nodes
     total = sum(row.ms or 0.0 for row in rows)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from . import build, look, optimizing
+from . import build, estimating, look, optimizing
 
 app = typer.Typer(
     name="edgepass",
@@ -41,7 +41,10 @@ def _options(
 for command in (
     build.compile_,
     optimizing.optimize,
-    build.estimate,
+    estimating.estimate,
+    estimating.measure,
+    estimating.calibrate,
+    estimating.profiles,
     build.run,
     look.targets,
     look.passes,

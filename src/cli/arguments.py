@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from ..errors import UsageError
+
+if TYPE_CHECKING:
+    from ..cost.budget import Budget
 
 _SHAPE = re.compile(r"([^=:]+=)?(\d+(x\d+)*)?(:\w+)?")
 
@@ -50,6 +54,29 @@ def parse_input_shapes(items: Sequence[str]) -> list[str] | dict[str, str] | Non
     if len({name for name, _, _ in named}) != len(named):
         raise _wrong("--input-shape", items[-1], "each name once")
     return {name: text for name, _, text in named}
+
+
+def parse_budget(text: str | None) -> Budget | None:
+    """`"latency_ms=20,size_mb=4"` as a `Budget`; None for no text.
+
+    Raises:
+        UsageError: another form, an unknown limit, or one that is not above zero.
+    """
+    from ..cost.budget import Budget
+
+    if text is None:
+        return None
+    known = ("latency_ms", "size_mb", "memory_mb")
+    limits: dict[str, float] = {}
+    for item in split_list(text):
+        name, equals, number = item.partition("=")
+        try:
+            limits[name] = float(number)
+        except ValueError:
+            equals = ""
+        if not equals or name not in known:
+            raise _wrong("--budget", item, f"limits with commas, of {', '.join(known)}")
+    return Budget(**limits)
 
 
 def split_list(text: str) -> list[str]:

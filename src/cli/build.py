@@ -1,4 +1,4 @@
-"""The commands that make or run something: `compile`, `estimate`, `run`.
+"""The commands that make or run something: `compile`, `run`.
 
 Thin: each reads its options, calls the API of the same name and prints what it returns.
 """
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import console
-from .arguments import parse_dims, parse_input_shapes, split_list
+from .arguments import parse_dims, parse_input_shapes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -117,44 +117,6 @@ def compile_(
     if compiled.speed is not None:
         console.show(str(compiled.speed))
     console.show(*(f"note: {note}" for note in compiled.notes), f"saved to {path}")
-
-
-def estimate(
-    architecture: Annotated[
-        str,
-        typer.Argument(help="An .onnx file (weights may be absent), or package.module:callable."),
-    ],
-    target: TargetName = "host",
-    recipes: Annotated[str, typer.Option(help="Recipes to compare, with commas.")] = (
-        "fp32,fp16,int8"
-    ),
-    per_node: Annotated[
-        bool, typer.Option("--per-node", help="Also one line a node, for each recipe.")
-    ] = False,
-    input_shape: InputShapes = None,
-    dim: Dims = None,
-    plugin: Plugins = None,
-    json: Json = False,
-) -> None:
-    """Estimate size, memory and latency of an architecture on a target; no weights needed."""
-    from .. import api
-
-    load_plugins(plugin)
-    names = split_list(recipes)
-    found = api.estimate(
-        architecture,
-        target,
-        tuple(names),
-        input_shapes=parse_input_shapes(input_shape or []),
-        dims=parse_dims(dim or []) or None,
-    )
-    if json:
-        console.print_json(found.as_dict())
-        return
-    console.show(found.table())
-    if per_node:
-        for name in names:
-            console.show(found.per_node_table(name))
 
 
 def run(

@@ -18,19 +18,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import EdgepassError
+from ..errors import ProfileError
 from .features import Features
 
 FORMAT = 1
 """The version of the JSON. Readers refuse a newer one."""
 CLIP = (0.2, 5.0)
 """A correction never takes a kernel further from its base than this."""
-
-
-class ProfileError(EdgepassError):
-    """A profile can't be read, found, or used for what is asked."""
-
-    exit_code = 2
 
 
 Array = NDArray[np.float64]

@@ -14,8 +14,9 @@ import platform
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..errors import ProfileError
 from ..targets.target import Target
-from .profile import Profile, ProfileError, load_profile
+from .profile import Profile, load_profile
 
 _SHIPPED = Path(__file__).parents[1] / "targets" / "devices"
 

@@ -1,7 +1,7 @@
-"""What a model costs on a target, in total and by node, and the table that compares recipes.
+"""What a model costs on a target: in total, by kernel and by node.
 
-Here: `cost_report`, `CostReport`, `Estimate`. Not here: how a number comes about (`size`, `memory`,
-`kernels`, `latency`, and `ir.ops` for MACs), running recipes (`api`).
+Here: `cost_report` and `CostReport`. Not here: how a number comes about (`size`, `memory`,
+`kernels`, `latency`, and `ir.ops` for MACs), recipes side by side (`estimate`).
 """
 
 from __future__ import annotations
@@ -12,21 +12,22 @@ from typing import Any
 
 import onnx_ir as ir
 
-from ..errors import UsageError
 from ..ir.graph import is_onnx_op, module_path, source_line
 from ..ir.ops import NodeCost, node_cost
 from ..ir.quant import QuantPlan
 from ..targets.target import Runtime, Target
+from .advice import Advice, advice
 from .kernels import Kernel, kernels
-from .latency import Latency, format_ms, kernel_ms, latency
+from .latency import Latency, format_ms, latency
 from .memory import ActivationMemory, activation_memory
+from .profile import Profile
 from .size import file_bytes, parameter_count
 from .storage import storage_for
 from .text import format_bytes, format_count
 
 __all__ = [
     "CostReport",
-    "Estimate",
+    "KernelRow",
     "NodeRow",
     "cost_report",
     "format_bytes",
@@ -39,8 +40,8 @@ class NodeRow:
     """One node of the main graph; sizes in bytes, None where not known.
 
     `bytes_read`, `bytes_written` are of the node alone, before the runtime's fusion. `alive_bytes`
-    are all activations alive while it runs. `ms` is the assumed time of the kernel that the node
-    leads; `kernel` names that, and both are empty for nodes merged into another or costing nothing.
+    are all activations alive while it runs. `ms` is the predicted time of the kernels that the node
+    leads; `kernel` names them, and both are empty for nodes merged into another or costing nothing.
     """
 
     name: str
@@ -57,6 +58,35 @@ class NodeRow:
     unknown_reason: str = ""
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class KernelRow:
+    """One launch of the runtime; sizes in bytes, None where not known.
+
+    `op`: the merged operators; `nodes`: the model's nodes whose work it does; `shape`: of its first
+    output. `ms`: predicted, in the order in which kernels run; `share` of the whole, 0 to 1.
+    """
+
+    op: str
+    kind: str
+    dtype: str
+    shape: tuple[int, ...] | None
+    nodes: tuple[str, ...]
+    macs: int | None
+    bytes_read: int | None
+    bytes_written: int | None
+    weight_bytes: int
+    ms: float | None
+    share: float | None
+    source: str
+    unknown_reason: str = ""
+
+    @property
+    def where(self) -> str:
+        """Node and shape, for people."""
+        shape = "" if self.shape is None else "x".join(map(str, self.shape))
+        return ", ".join(part for part in (self.nodes[0] if self.nodes else "", shape) if part)
+
+
 @dataclasses.dataclass(frozen=True)
 class CostReport:
     """The static cost of one model on one target under one recipe.
@@ -65,7 +95,9 @@ class CostReport:
     `macs`, `flops`: of one inference. `bytes_moved`: what kernels read and write, after
     the runtime's fusion. The three are None when dimensions have no size; with operators in
     `unknown_ops` (op, count, reason) they are lower bounds, and `is_lower_bound` says so.
-    `peak_activation_bytes` None: `notes` says why. `nodes` has a row a node of the main graph.
+    `peak_activation_bytes` None: `notes` says why. `nodes` has a row a node of the main graph,
+    `kernels` one a launch. `advice`: what compressing weights can't fix. `boards`: the latency on
+    measured boards of the architecture, fastest first, where the target is no single device.
     """
 
     target: str
@@ -80,6 +112,14 @@ class CostReport:
     unknown_ops: tuple[tuple[str, int, str], ...]
     notes: tuple[str, ...]
     nodes: tuple[NodeRow, ...] = dataclasses.field(repr=False, default=())
+    kernels: tuple[KernelRow, ...] = dataclasses.field(repr=False, default=())
+    advice: tuple[Advice, ...] = dataclasses.field(repr=False, default=())
+    boards: tuple[Latency, ...] = dataclasses.field(repr=False, default=())
+
+    def offenders(self, n: int = 10) -> tuple[KernelRow, ...]:
+        """The `n` kernels predicted to take longest, longest first."""
+        timed = [row for row in self.kernels if row.ms]
+        return tuple(sorted(timed, key=lambda row: -(row.ms or 0.0))[:n])
 
     @property
     def is_lower_bound(self) -> bool:
@@ -106,11 +146,12 @@ class CostReport:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, for `--json` and the manifest. `nodes` is the long part."""
+        """Plain data, for `--json` and the manifest. `nodes` and `kernels` are the long parts."""
         plain = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
-            if field.name not in ("latency", "unknown_ops", "notes", "nodes")
+            if field.name
+            not in ("latency", "unknown_ops", "notes", "nodes", "kernels", "advice", "boards")
         }
         plain["is_lower_bound"] = self.is_lower_bound
         plain["latency"] = self.latency.as_dict()
@@ -118,7 +159,10 @@ class CostReport:
             {"op": op, "count": count, "reason": reason} for op, count, reason in self.unknown_ops
         ]
         plain["notes"] = list(self.notes)
+        plain["boards"] = [item.as_dict() for item in self.boards]
+        plain["advice"] = [item.as_dict() for item in self.advice]
         plain["nodes"] = [dataclasses.asdict(row) for row in self.nodes]
+        plain["kernels"] = [dataclasses.asdict(row) for row in self.kernels]
         return plain
 
     def __str__(self) -> str:
@@ -137,12 +181,16 @@ def cost_report(
     plan: QuantPlan | None = None,
     dims: Mapping[str, int] | None = None,
     notes: Sequence[str] = (),
+    threads: int = 1,
+    profile: Profile | None = None,
+    boards: Sequence[Profile] = (),
 ) -> CostReport:
     """Count what a model costs; weights may be absent and are never read.
 
     `plan`: a quantization to price that is not applied yet. `dims`: sizes of symbolic dimensions.
-    `notes` come first among the report's own. Nothing is raised for what can't be known: it is
-    None, and a note says what is missing.
+    `notes` come first among the report's own. `profile`: fitted latency of the device; without one
+    latency is assumed. `boards`: profiles of devices to give the range over besides. Nothing is
+    raised for what can't be known: it is None, and a note says what is missing.
     """
     storage = storage_for(model, target, plan, dims)
     costs = {node: node_cost(node, dims, model.functions) for node in model.graph}
@@ -151,17 +199,22 @@ def cost_report(
     unbound = unbound_dims(model, dims)
     unknown = [(n, c) for n, c in costs.items() if not c.is_known and not _is_free(n)]
     sized = not (unknown and unbound)
-    time = latency(launched, target)
+    time = latency(launched, target, threads, profile)
     if not sized:
-        time = Latency(
-            None, None, None, time.label, time.kernels, time.unknown, "dimensions without a size"
+        time = dataclasses.replace(
+            time, ms=None, low_ms=None, high_ms=None, reason="dimensions without a size"
         )
     missing = _unknown_ops(unknown) if sized else ()
     moved = sum((k.bytes_read or 0) + (k.bytes_written or 0) for k in launched)
+    stored = file_bytes(model, plan)
+    others = sorted(
+        (latency(launched, target, threads, board) for board in boards if sized),
+        key=lambda item: item.ms or 0.0,
+    )
     return CostReport(
         target=target.name,
         recipe=recipe,
-        file_bytes=file_bytes(model, plan),
+        file_bytes=stored,
         parameters=parameter_count(model),
         macs=sum(cost.macs or 0 for cost in costs.values()) if sized else None,
         flops=sum(cost.flops for cost in costs.values()) if sized else None,
@@ -169,8 +222,15 @@ def cost_report(
         peak_activation_bytes=memory.peak_bytes,
         latency=time,
         unknown_ops=missing,
-        notes=(*notes, *_notes(target, plan, unbound if not sized else (), missing, memory, time)),
-        nodes=_rows(costs, launched, memory, target),
+        notes=(
+            *notes,
+            *_notes(target, plan, unbound if not sized else (), missing, memory, time),
+            *_range(others),
+        ),
+        nodes=_rows(costs, launched, memory, time),
+        kernels=_kernel_rows(launched, time),
+        boards=tuple(others),
+        advice=advice(launched, time, memory.peak_bytes, stored) if sized else (),
     )
 
 
@@ -199,6 +259,27 @@ def _unknown_ops(unknown: Sequence[tuple[ir.Node, NodeCost]]) -> tuple[tuple[str
 
 
 _LISTED = 6
+_NOTABLE = 0.05
+
+
+def _how_latency_is_known(time: Latency) -> list[str]:
+    if time.ms is None or not time.profile:
+        return []
+    threads = f"{time.threads} thread{'s' if time.threads > 1 else ''}"
+    text = f"latency by the profile {time.profile!r} ({time.device}, {time.runtime}, {threads})"
+    if time.held_out:
+        text += f": {time.held_out}"
+    notes = [text]
+    if time.assumed >= _NOTABLE:
+        notes.append(
+            f"{time.assumed:.0%} of the time is in operators that the profile lacks: assumed"
+        )
+    if time.novel - time.assumed >= 2 * _NOTABLE:
+        notes.append(
+            f"{time.novel - time.assumed:.0%} of the time is in kernels unlike those it was fitted "
+            "on: the interval is wider"
+        )
+    return notes
 
 
 def _notes(
@@ -222,6 +303,7 @@ def _notes(
         notes.append(f"peak memory unknown: {memory.reason}")
     if time.ms is None and not unbound:
         notes.append(f"latency unknown: {time.reason}")
+    notes += _how_latency_is_known(time)
     if plan is not None:
         notes.append(f"priced from a plan, before weights are seen: {plan.label}")
         if target.runtime is Runtime.TVM and plan.nodes:
@@ -229,19 +311,30 @@ def _notes(
     return notes
 
 
+def _range(boards: Sequence[Latency]) -> list[str]:
+    if len(boards) < 2:
+        return []
+    fast, slow = boards[0], boards[-1]
+    return [
+        f"on {len(boards)} measured boards from {format_ms(fast.ms)} ms ({fast.device}, "
+        f"{fast.runtime}) to {format_ms(slow.ms)} ms ({slow.device}, {slow.runtime}): name one "
+        "with --target"
+    ]
+
+
 def _rows(
     costs: Mapping[ir.Node, NodeCost],
     launched: Sequence[Kernel],
     memory: ActivationMemory,
-    target: Target,
+    time: Latency,
 ) -> tuple[NodeRow, ...]:
     times: dict[ir.Node, float | None] = {}
     names: dict[ir.Node, str] = {}
-    for kernel in launched:
+    predicted = time.kernel_ms or (None,) * len(launched)
+    for kernel, ms in zip(launched, predicted, strict=True):
         if not kernel.nodes:
             continue
         node = kernel.nodes[0]
-        ms = kernel_ms(kernel, target.hardware)
         if node in names:  # the conversions around a node
             names[node] += f", {kernel.op}"
             before = times[node]
@@ -273,156 +366,27 @@ def _rows(
     return tuple(rows)
 
 
+def _kernel_rows(launched: Sequence[Kernel], time: Latency) -> tuple[KernelRow, ...]:
+    predicted = time.kernel_ms or (None,) * len(launched)
+    return tuple(
+        KernelRow(
+            op=kernel.op,
+            kind=kernel.kind,
+            dtype=kernel.dtype,
+            shape=kernel.outputs[0].shape if kernel.outputs else None,
+            nodes=tuple(node.name or node.outputs[0].name or "" for node in kernel.nodes),
+            macs=kernel.macs,
+            bytes_read=kernel.bytes_read,
+            bytes_written=kernel.bytes_written,
+            weight_bytes=kernel.weight_bytes,
+            ms=ms,
+            share=ms / time.ms if ms is not None and time.ms else None,
+            source=kernel.source_line,
+            unknown_reason=kernel.unknown_reason,
+        )
+        for kernel, ms in zip(launched, predicted, strict=True)
+    )
+
+
 def _dim(dim: int | ir.SymbolicDim) -> int | str:
     return dim if isinstance(dim, int) else dim.value or "?"
-
-
-# --- recipes side by side --------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Estimate:
-    """The reports of several recipes on one target; `failed` gives why others have none."""
-
-    target: str
-    rows: tuple[CostReport, ...]
-    failed: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-    def __getitem__(self, recipe: str) -> CostReport:
-        for row in self.rows:
-            if row.recipe == recipe:
-                return row
-        raise UsageError(
-            f"The estimate has no recipe {recipe!r}",
-            where=f"estimate for {self.target}",
-            why=self.failed.get(recipe, ""),
-            fix=f"it has: {', '.join(row.recipe for row in self.rows) or 'none'}",
-        )
-
-    def table(self) -> Any:
-        """A rich renderable: a line a recipe, and below the table what each should be read with.
-
-        Every latency says that it is assumed. Fits a terminal of 80 columns.
-        """
-        from rich import box
-        from rich.console import Group
-        from rich.padding import Padding
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(
-            title=f"Estimate for {self.target}",
-            title_justify="left",
-            box=box.SIMPLE_HEAD,
-            show_edge=False,
-            pad_edge=False,
-        )
-        shown = ("recipe", "file", "peak activations", "MACs", "latency")
-        for heading in shown:
-            left = heading == "recipe"
-            table.add_column(heading, justify="left" if left else "right", overflow="fold")
-        notes = []
-        for line in self._lines():
-            cells = dict(zip(_HEADINGS, line, strict=True))
-            table.add_row(*(cells[heading] for heading in shown))
-            if cells["notes"]:
-                text = f"{cells['recipe']}: {cells['notes']}"
-                notes.append(Padding(Text(text, style="dim"), (0, 0, 0, 2)))
-        return Group(table, *notes)
-
-    def per_node_table(self, recipe: str) -> Any:
-        """A `rich.table.Table`: a line a node of one recipe's graph.
-
-        Raises:
-            UsageError: no report of that recipe.
-        """
-        from rich.table import Table
-
-        table = Table(
-            title=f"{recipe} on {self.target}, by node (times are assumed)",
-            title_justify="left",
-            show_edge=False,
-            pad_edge=False,
-        )
-        for heading in _NODE_HEADINGS:
-            left = heading in ("node", "op", "kernel", "source")
-            table.add_column(heading, justify="left" if left else "right", overflow="fold")
-        for row in self[recipe].nodes:
-            table.add_row(*_node_cells(row))
-        return table
-
-    def offenders(self, recipe: str, n: int = 10) -> tuple[NodeRow, ...]:
-        """The `n` nodes whose kernels take longest (assumed), longest first.
-
-        Raises:
-            UsageError: no report of that recipe.
-        """
-        timed = [row for row in self[recipe].nodes if row.ms]
-        return tuple(sorted(timed, key=lambda row: -(row.ms or 0.0))[:n])
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data, for `--json`."""
-        return {
-            "target": self.target,
-            "recipes": [row.as_dict() for row in self.rows],
-            "failed": dict(self.failed),
-        }
-
-    def _lines(self) -> list[tuple[str, ...]]:
-        lines = [(row.recipe, *row.cells, "; ".join(row.notes)) for row in self.rows]
-        for recipe, why in self.failed.items():
-            lines.append((recipe, *["-"] * 6, " ".join(why.split())))
-        return lines
-
-    def __str__(self) -> str:
-        lines = [_HEADINGS, *self._lines()]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(_HEADINGS) - 1)]
-        return "\n".join(
-            "  ".join(
-                [line[0].ljust(widths[0])]
-                + [line[i].rjust(widths[i]) for i in range(1, len(widths))]
-                + [line[-1]]
-            ).rstrip()
-            for line in lines
-        )
-
-
-_HEADINGS = (
-    "recipe",
-    "file",
-    "peak activations",
-    "parameters",
-    "MACs",
-    "bytes moved",
-    "latency",
-    "notes",
-)
-_NODE_HEADINGS = (
-    "node",
-    "op",
-    "output",
-    "MACs",
-    "read",
-    "written",
-    "weights",
-    "alive",
-    "kernel",
-    "ms (assumed)",
-    "source",
-)
-
-
-def _node_cells(row: NodeRow) -> tuple[str, ...]:
-    return (
-        row.name,
-        row.op,
-        "?" if row.shape is None else "x".join(str(d) for d in row.shape) or "scalar",
-        format_count(row.macs),
-        format_bytes(row.bytes_read),
-        format_bytes(row.bytes_written),
-        format_bytes(row.weight_bytes),
-        format_bytes(row.alive_bytes),
-        row.kernel,
-        format_ms(row.ms),
-        row.source,
-    )

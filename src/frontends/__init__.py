@@ -18,7 +18,7 @@ from ..errors import UsageError
 from . import onnx as onnx_frontend
 from .opset import WORKING_OPSET, to_supported_opset
 
-__all__ = ["WORKING_OPSET", "load_model", "load_notes", "to_supported_opset"]
+__all__ = ["WORKING_OPSET", "load_model", "load_notes", "load_supported", "to_supported_opset"]
 
 _CALLABLE_TEXT = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
@@ -83,6 +83,19 @@ def load_model(
     from .torch import from_torch
 
     return from_torch(source, weights_required=weights_required, **for_torch)
+
+
+def load_supported(source: Any, **options: Any) -> ir.Model:
+    """`load_model`, and the opset brought up to one that passes work on; notes say so.
+
+    Raises:
+        EdgepassError: see `load_model`.
+    """
+    model = load_model(source, **options)
+    notes = to_supported_opset(model)
+    if notes:
+        model.meta["edgepass.load_notes"] = [*load_notes(model), *notes]
+    return model
 
 
 def load_notes(model: ir.Model) -> list[str]:

@@ -1,0 +1,236 @@
+"""An imported architecture that answers what-ifs: any recipe, target, threads and sizes.
+
+Here: `Architecture` and `estimate`. Importing and cleaning up are done once and remembered. Not
+here: what one graph costs (`cost.report`), what a recipe means (`pipelines`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from .cost.budget import Budget
+from .cost.estimate import Estimate
+from .cost.profile import Profile
+from .cost.profiles import board_profiles, find_profile, profile_for
+from .cost.report import CostReport, cost_report
+from .errors import EdgepassError, UsageError
+from .frontends import load_supported
+from .ir.quant import QuantPlan
+from .ir.sizing import is_dynamic, static_twin
+from .passes.base import Context, Pass, Stage
+from .passes.driver import run_passes, sort_by_stage
+from .passes.probe import default_dims
+from .passes.spec import format_passes
+from .pipelines import parse_recipe
+from .targets.registry import get_target
+from .targets.target import Runtime, Target
+
+ProgressCall = Callable[[int, int, str], None]
+Priced = tuple[ir.Model, QuantPlan | None, tuple[str, ...]]
+
+RECIPES = ("fp32", "fp16", "int8")
+"""What is estimated where nothing else is asked for."""
+
+
+class Architecture:
+    """A model's graph, weights or not, that was imported once and is priced many times.
+
+        net = edgepass.Architecture("net.onnx")
+        net.estimate("arm64", ["fp32", "int8"])
+        net.estimate("jetson-nano-cpu", ["int4-weights"], threads=4)
+
+    Takes what `edgepass.estimate` takes. `passes` run at their stage in every recipe.
+
+    Raises:
+        EdgepassError: the architecture can't be read.
+    """
+
+    def __init__(
+        self,
+        architecture: Any,
+        *,
+        example_inputs: Any = None,
+        dynamic_shapes: Any = None,
+        input_shapes: Sequence[str] | Mapping[str, str] | None = None,
+        passes: Sequence[Pass] = (),
+    ) -> None:
+        self.graph = load_supported(
+            architecture,
+            example_inputs=example_inputs,
+            dynamic_shapes=dynamic_shapes,
+            input_shapes=input_shapes,
+            weights_required=False,
+        )
+        self.passes = tuple(passes)
+        self._cleaned: dict[tuple[Any, ...], ir.Model] = {}
+        self._priced: dict[tuple[Any, ...], Priced] = {}
+
+    def estimate(
+        self,
+        target: str | Target = "host",
+        recipes: Iterable[str] = RECIPES,
+        *,
+        dims: Mapping[str, int] | None = None,
+        threads: int = 1,
+        profile: str | Path | Profile | None = None,
+        budget: Budget | None = None,
+        progress: ProgressCall | None = None,
+    ) -> Estimate:
+        """What the architecture costs on a target under each recipe; see `edgepass.estimate`.
+
+        Raises:
+            EdgepassError: no recipe is given, or no such target or profile.
+        """
+        wanted = [recipes] if isinstance(recipes, str) else list(recipes)
+        if not wanted:
+            raise UsageError("No recipe is given", fix='recipes=["fp32", "int8"]')
+        if threads < 1:
+            raise UsageError(f"The number of threads must be above zero, it is {threads}")
+        device = get_target(target)
+        fitted = _profile(profile, device)
+        boards = _boards(device) if fitted is None else []
+        plans = {name: sort_by_stage([*parse_recipe(name), *self.passes]) for name in wanted}
+        sizes = default_dims(self.graph, dims)
+        context = Context(device, None, sizes)
+        rows: list[CostReport] = []
+        failed: dict[str, str] = {}
+        for done, (name, chosen) in enumerate(plans.items()):
+            if progress is not None:
+                progress(done, len(plans), name)
+            try:
+                model, plan, notes = self._prepare(chosen, context)
+                rows.append(
+                    cost_report(
+                        model,
+                        device,
+                        recipe=name,
+                        plan=plan,
+                        dims=sizes,
+                        notes=notes,
+                        threads=threads,
+                        profile=fitted,
+                        boards=boards,
+                    )
+                )
+            except EdgepassError as error:
+                failed[name] = str(error)
+        if progress is not None:
+            progress(len(plans), len(plans), "")
+        return Estimate(device.name, tuple(rows), failed, budget)
+
+    def _prepare(self, chosen: Sequence[Pass], context: Context) -> Priced:
+        """The graph that a recipe leaves without weights, and the plan of what needs them."""
+        assert context.target is not None
+        sizes = tuple(sorted(context.dims.items()))
+        key = (context.target.name, sizes, format_passes(list(chosen)))
+        if key not in self._priced:
+            self._priced[key] = self._run(chosen, context, key[:2])
+        return self._priced[key]
+
+    def _run(self, chosen: Sequence[Pass], context: Context, where: tuple[Any, ...]) -> Priced:
+        planned = [item for item in chosen if item.needs_weights]
+        # a plan is for the graph that quantization sees, before the runtime's own forms are written
+        last = Stage.QUANTIZE if planned else Stage.LOWER
+        free = [item for item in chosen if not item.needs_weights and item.stage <= last]
+        common = [item for item in free if item.lossless]
+        key = (*where, format_passes(common))
+        if key not in self._cleaned:
+            self._cleaned[key], _ = run_passes(self.graph.clone(), common, context)
+        model = self._cleaned[key]
+        special = [item for item in free if not item.lossless]
+        if special:
+            model, _ = run_passes(model.clone(), special, context)
+        plan = None
+        notes = []
+        for item in planned:
+            found = item.plan(model, context)
+            if found is None:
+                notes.append(f"{item}: stored size is not changed by it")
+            else:
+                plan = found
+        return at_sizes(model, context.dims), plan, tuple(notes)
+
+
+def estimate(
+    architecture: Any,
+    target: str | Target = "host",
+    recipes: Iterable[str] = RECIPES,
+    *,
+    example_inputs: Any = None,
+    dynamic_shapes: Any = None,
+    input_shapes: Sequence[str] | Mapping[str, str] | None = None,
+    dims: Mapping[str, int] | None = None,
+    passes: Sequence[Pass] = (),
+    threads: int = 1,
+    profile: str | Path | Profile | None = None,
+    budget: Budget | None = None,
+    progress: ProgressCall | None = None,
+) -> Estimate:
+    """What an architecture will cost on a target under each recipe. No weights are needed.
+
+    Takes what `compile` takes, and modules on torch's `meta` device, callables that build one, and
+    ONNX files whose external data is not there. A recipe that can't be priced is reported
+    with its reason; the others are unharmed. For many questions about one architecture, import it
+    once: `Architecture`.
+
+    Args:
+        architecture, example_inputs, dynamic_shapes, input_shapes: see `compile`.
+        target: a name (`edgepass targets`), `host`, or a `Target`.
+        recipes: names, or passes as text.
+        dims: sizes of symbolic dimensions.
+        passes: passes of your own, in every recipe.
+        threads: how many the runtime may use.
+        profile: fitted latency to use instead of the target's: a name (`edgepass profiles`), a
+            path, or a `Profile`.
+        budget: limits to hold every recipe against: met, missed, or cannot tell.
+        progress: called with (done, total, what).
+
+    Raises:
+        EdgepassError: the architecture can't be read, no recipe is given, or no such target.
+    """
+    tell = progress or _silent
+    tell(0, 1, "loading")
+    net = Architecture(
+        architecture,
+        example_inputs=example_inputs,
+        dynamic_shapes=dynamic_shapes,
+        input_shapes=input_shapes,
+        passes=passes,
+    )
+    return net.estimate(
+        target,
+        recipes,
+        dims=dims,
+        threads=threads,
+        profile=profile,
+        budget=budget,
+        progress=progress,
+    )
+
+
+def at_sizes(model: ir.Model, dims: Mapping[str, int]) -> ir.Model:
+    """The model at given sizes, where its inputs have symbolic dimensions."""
+    return static_twin(model, dims) if is_dynamic(model) else model
+
+
+def _profile(given: str | Path | Profile | None, target: Target) -> Profile | None:
+    if isinstance(given, Profile):
+        return given
+    if given is not None:
+        return find_profile(given)
+    return profile_for(target)
+
+
+def _boards(target: Target) -> list[Profile]:
+    """Of what is described but not one device: the measured boards of its architecture."""
+    if target.runtime is Runtime.TVM or target.hardware.arch != "aarch64":
+        return []
+    return board_profiles(target.hardware.arch)
+
+
+def _silent(done: int, total: int, what: str) -> None:
+    """No progress shown."""
