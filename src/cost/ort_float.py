@@ -6,35 +6,131 @@ rules were found by holding graphs that sessions saved beside ours. Not here: pa
 
 from __future__ import annotations
 
+import math
+
+import onnx_ir as ir
+
+from ..ir.graph import constant_scalar
 from ..targets.target import Target
+from .ort_nchwc import block_channels
 from .runtime_graph import CONTRIB, Op, RuntimeGraph, Tensor
 
 
 def simplify(graph: RuntimeGraph, target: Target) -> None:
     """The rewrites that come before quantized operators are formed."""
+    for op in graph:
+        if op not in graph:
+            continue
+        if op.is_onnx("MatMul"):
+            _add_bias(graph, op)
+        elif op.is_onnx("Gather"):
+            _split(graph, op)
+    graph.sort()
+
+
+def _add_bias(graph: RuntimeGraph, op: Op) -> None:
+    """MatMul by a constant, then a bias: a Gemm, between views where there are more dimensions."""
+    user = graph.only_user(op.outputs[0])
+    left, right = op.inputs
+    if user is None or not user.is_onnx("Add") or left is None or right is None:
+        return
+    bias = user.inputs[1] if user.inputs[0] is op.outputs[0] else user.inputs[0]
+    result = op.outputs[0]
+    if bias is None or left.shape is None or right.shape is None or bias.shape is None:
+        return
+    if len(right.shape) != 2 or len(left.shape) < 2 or result.shape is None:
+        return
+    if len(left.shape) > 2 and not right.constant:
+        return
+    columns = right.shape[1]
+    if bias.shape not in ((columns,), (1, columns), (math.prod(result.shape[:-1]), columns)):
+        return
+    if left.dtype not in _GEMM_TYPES:
+        return
+    graph.remove(user)
+    final = user.outputs[0]
+    rows = math.prod(left.shape[:-1])
+    op.type, op.origin, op.fused = "Gemm", op.origin + user.origin, ("Add",)
+    graph.set_input(op, 2, bias)
+    if len(left.shape) == 2:
+        graph.set_output(op, 0, final)
+        return
+    flat = Tensor(f"{left.name}_flat", (rows, left.shape[-1]), left.dtype)
+    product = Tensor(f"{final.name}_flat", (rows, columns), final.dtype)
+    graph.add(Op("Reshape", "", [left], [flat]))
+    graph.set_input(op, 0, flat)
+    graph.set_output(op, 0, product)
+    graph.renew(op)
+    graph.add(Op("Reshape", "", [product], [final]))
+
+
+def _split(graph: RuntimeGraph, op: Op) -> None:
+    """Gathers that take each slice of an axis in turn: one Split, and views."""
+    data = op.inputs[0]
+    if data is None or data.shape is None or data.constant or data.producer is None:
+        return
+    axis = int(op.attribute("axis", 0)) % len(data.shape)
+    parts = [u for u in data.users if u.is_onnx("Gather") and u.inputs[0] is data]
+    if len(parts) != len(data.users) or len(parts) != data.shape[axis] or data.is_output:
+        return
+    if any(int(u.attribute("axis", 0)) % len(data.shape) != axis for u in parts):
+        return
+    indices = [constant_scalar(u.inputs[1].source) if u.inputs[1] else None for u in parts]
+    if any(i is None for i in indices):
+        return
+    positions = sorted(int(i) % len(parts) for i in indices if i is not None)
+    if positions != list(range(len(parts))):
+        return
+    shape = (*data.shape[:axis], 1, *data.shape[axis + 1 :])
+    origin = tuple(node for part in parts for node in part.origin)
+    pieces = [Tensor(f"{part.outputs[0].name}_split", shape, data.dtype) for part in parts]
+    graph.add(Op("Split", "", [data], list(pieces), {"axis": axis}, origin))
+    for part, piece in zip(parts, pieces, strict=True):
+        graph.remove(part)
+        graph.add(Op("Squeeze", "", [piece], [part.outputs[0]]))
+
+
+_GEMM_TYPES = (ir.DataType.FLOAT, ir.DataType.DOUBLE)
 
 
 def fuse(graph: RuntimeGraph, target: Target) -> None:
     """The rewrites that come after quantized operators were formed."""
     for op in graph:
         if op in graph and op.is_onnx("Conv", "Gemm"):
-            _fuse_behind(graph, op, target)
+            _fuse_activation(graph, op, target)
+    if target.hardware.arch == "x86_64":
+        block_channels(graph, target)
+    for op in graph:
+        if op in graph and (op.is_onnx("Conv") or op.type == "FusedConv"):
+            _fuse_residual(graph, op, target)
+    graph.sort()
 
 
-def _fuse_behind(graph: RuntimeGraph, op: Op, target: Target) -> None:
+def _fuse_activation(graph: RuntimeGraph, op: Op, target: Target) -> None:
     user = graph.only_user(op.outputs[0])
-    if user is not None and op.type == "Conv" and user.is_onnx("Add"):
-        other = user.inputs[1] if user.inputs[0] is op.outputs[0] else user.inputs[0]
-        if other is not None and not other.constant and _same_shape(other, op.outputs[0]):
-            if len(op.inputs) < 3:
-                graph.set_input(op, 2, None)
-            absorb(graph, op, user, other)
-            user = graph.only_user(op.outputs[0])
     if user is None or user.inputs[0] is not op.outputs[0]:
         return
     if user.is_onnx(*target.fused_activations):
-        op.type, op.domain = f"Fused{op.type}", CONTRIB
+        op.attributes = {**op.attributes, "activation": user.type}
+        op.type, op.domain = f"Fused{op.type.removeprefix('Fused')}", CONTRIB
         absorb(graph, op, user)
+
+
+def _fuse_residual(graph: RuntimeGraph, op: Op, target: Target) -> None:
+    """A sum behind a Conv that is not blocked, and an activation behind that."""
+    user = graph.only_user(op.outputs[0])
+    if user is None or not user.is_onnx("Add") or len(op.inputs) > 3:
+        return
+    if op.attribute("activation") is not None or op.type != "Conv":
+        return
+    other = user.inputs[1] if user.inputs[0] is op.outputs[0] else user.inputs[0]
+    if other is None or other.constant or not _same_shape(other, op.outputs[0]):
+        return
+    if len(op.inputs) < 3:
+        graph.set_input(op, 2, None)
+    absorb(graph, op, user, other)
+    op.type, op.domain = "FusedConv", CONTRIB
+    _fuse_activation(graph, op, target)
 
 
 def _same_shape(a: Tensor, b: Tensor) -> bool:
@@ -48,5 +144,6 @@ def absorb(graph: RuntimeGraph, op: Op, user: Op, operand: Tensor | None = None)
     graph.set_output(op, 0, result)
     if operand is not None:
         graph.set_input(op, len(op.inputs), operand)
+    graph.renew(op)
     op.origin += user.origin
     op.fused += (user.type,)
