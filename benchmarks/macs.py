@@ -15,11 +15,12 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import edgepass
 import torch
 from host import describe_host
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+
+import edgepass
 
 Case = tuple[nn.Module, tuple[Any, ...]]
 

@@ -1,7 +1,7 @@
-"""Time of a compiled model against its original, on this machine, in one process.
+"""Time of a compiled model against its original, or of many models, on this machine.
 
-Here: `compare`, which alternates the two so that a noisy machine disturbs both alike. Not here:
-predictions (`cost`).
+Here: `compare` and `time_in_turns`, which alternate so that a noisy machine disturbs all alike. Not
+here: predictions (`cost`).
 """
 
 from __future__ import annotations
@@ -78,3 +78,29 @@ def compare(
 def runner_of(runner: Any, feed: Mapping[str, np.ndarray]) -> Callable[[], object]:
     """A call that runs `feed` once."""
     return lambda: runner.run(feed)
+
+
+def time_in_turns(
+    calls: Sequence[Callable[[], object]], *, budget_s: float = 1.0, rounds: int = 7
+) -> list[float]:
+    """Milliseconds of each call, warm: the median over rounds of the fastest run of a round.
+
+    Rounds go over the calls in turn, so that a slow spell of the machine falls on all of them.
+    `budget_s` is for one call; every round runs a call at least once, at most 50 times.
+    """
+    fastest: list[list[float]] = [[] for _ in calls]
+    for call in calls:
+        call()
+    for _ in range(rounds):
+        for which, call in enumerate(calls):
+            best = float("inf")
+            end = time.perf_counter() + budget_s / rounds
+            for _ in range(50):
+                started = time.perf_counter()
+                call()
+                now = time.perf_counter()
+                best = min(best, now - started)
+                if now > end:
+                    break
+            fastest[which].append(best)
+    return [float(np.median(times)) * 1e3 for times in fastest]
