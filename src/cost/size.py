@@ -19,6 +19,7 @@ from ..ir.quant import (
     QuantSpec,
     is_qdq,
     planned_bytes,
+    stored_shape,
 )
 from ..targets.onnx_file import INLINE_LIMIT, leaves_message
 from .wire import (
@@ -127,7 +128,7 @@ def _stored_change(value: ir.Value, spec: QuantSpec, plan: QuantPlan, integers: 
         old = framed(node_bytes(producer))
     copies = plan.copies.get(name, 1)
     suffix = spec.dtype.name.lower()
-    new = framed(plain_tensor_bytes(f"{name}/{suffix}", spec.dtype, dims))
+    new = framed(plain_tensor_bytes(f"{name}/{suffix}", spec.dtype, stored_shape(spec, dims)))
     scale_dims = spec.parameter_shape(dims)
     new += framed(plain_tensor_bytes(f"{name}/scale", ir.DataType.FLOAT, scale_dims))
     inputs = [f"{name}/{suffix}", f"{name}/scale"]

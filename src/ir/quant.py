@@ -136,12 +136,17 @@ def spec_bytes(spec: QuantSpec, shape: tuple[int, ...]) -> int:
 
     Sub-byte elements are packed, each tensor rounded up to a byte.
     """
-    if spec.padded and isinstance(spec.granularity, PerBlock):
-        size, axis = spec.granularity.size, spec.granularity.axis
-        length = -(-shape[axis] // size) * size
-        shape = (*shape[:axis], length, *shape[axis + 1 :])
+    shape = stored_shape(spec, shape)
     data = _packed(math.prod(shape), spec.dtype)
     return data + parameter_bytes(spec, shape)
+
+
+def stored_shape(spec: QuantSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the integers: the tensor's, with the last block in full where it is padded."""
+    if not spec.padded or not isinstance(spec.granularity, PerBlock):
+        return shape
+    size, axis = spec.granularity.size, spec.granularity.axis
+    return (*shape[:axis], -(-shape[axis] // size) * size, *shape[axis + 1 :])
 
 
 def parameter_bytes(spec: QuantSpec, shape: tuple[int, ...]) -> int:
