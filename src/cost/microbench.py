@@ -1,0 +1,382 @@
+"""Timing what ONNX Runtime runs on this machine: each kernel in its network, and whole networks.
+
+Here: `Bench`, which times networks in turns so that a busy machine disturbs all alike, and the
+records it makes: kernels as the runtime names them, with shapes and milliseconds. The runtime's own
+profiler gives the kernels' times, the graph that it saves their shapes. Not here: the networks
+(`microbench_nets`), and fitting (`calibrate`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import json
+import math
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from ..ir.graph import ONNX_DOMAINS
+from ..ir.ops import node_cost
+from ..targets.onnx_file import write_onnx
+from .features import Features, Operand, features
+
+_WARM = 1
+"""Runs of a session before those that count, each time it is its turn: they fill the caches."""
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelTime:
+    """A kernel that ran: the runtime's operator, what it read and wrote, and milliseconds."""
+
+    type: str
+    domain: str
+    inputs: tuple[Operand | None, ...]
+    outputs: tuple[Operand, ...]
+    attributes: Mapping[str, Any]
+    ms: float
+    macs: float = 0.0
+
+    @property
+    def features(self) -> Features:
+        """As the cost model sees it."""
+        return features(
+            self.type, self.domain, self.inputs, self.outputs, self.attributes, self.macs
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class NetTime:
+    """A network that ran: `ms` of a whole run without the profiler, and its kernels.
+
+    `profiled_ms`: of a whole run with the profiler on. `recipe`: what was done to the network.
+    `drift`: how much slower than at its best the machine ran the reference meanwhile.
+    """
+
+    net: str
+    recipe: str
+    threads: int
+    ms: float
+    profiled_ms: float
+    kernels: tuple[KernelTime, ...]
+    drift: float = 1.0
+
+
+# --- sessions ----------------------------------------------------------------------------------
+
+
+class TimedNet:
+    """One network with one number of threads: a session to time, and one that profiles.
+
+    Raises what onnxruntime raises where it refuses the network.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        threads: int,
+        *,
+        entries: Mapping[str, str] | None = None,
+        profile: bool = True,
+        seed: int = 0,
+    ) -> None:
+        self.threads = threads
+        self.path = path
+        self.walls: list[float] = []
+        self.profiled: list[float] = []
+        self._optimized = path.with_suffix(f".{threads}.optimized.onnx")
+        self._plain = _session(path, threads, entries or {})
+        self._profiling = (
+            _session(path, threads, entries or {}, profile=True, save=self._optimized)
+            if profile
+            else None
+        )
+        self._feed = random_feed(self._plain, seed)
+        self._names = [output.name for output in self._plain.get_outputs()]
+
+    def warm(self) -> None:
+        """Run everything once: the first run allocates."""
+        self._plain.run(self._names, self._feed)
+        if self._profiling is not None:
+            self._profiling.run(self._names, self._feed)
+
+    def turn(self, runs: int) -> None:
+        """Some runs of either session, after a few that do not count."""
+        for session, times in ((self._plain, self.walls), (self._profiling, self.profiled)):
+            if session is None:
+                continue
+            for index in range(-_WARM, runs):
+                started = time.perf_counter()
+                session.run(self._names, self._feed)
+                if index >= 0:
+                    times.append((time.perf_counter() - started) * 1e3)
+
+    def result(self, net: str, recipe: str, drift: float = 1.0) -> NetTime:
+        """What was found, and the end of the sessions."""
+        kernels: tuple[KernelTime, ...] = ()
+        if self._profiling is not None:
+            trace = Path(self._profiling.end_profiling())
+            kernels = _kernels(trace, self._optimized)
+            trace.unlink()
+            self._optimized.unlink()
+        self._plain = self._profiling = None
+        return NetTime(
+            net,
+            recipe,
+            self.threads,
+            typical(self.walls),
+            typical(self.profiled),
+            kernels,
+            drift,
+        )
+
+
+def typical(times: Sequence[float]) -> float:
+    """The mean of the fastest third: noise only ever adds, and a clock has steps."""
+    if not len(times):
+        return math.nan
+    fastest = sorted(times)[: max(1, len(times) // 3)]
+    return math.fsum(fastest) / len(fastest)
+
+
+def _session(
+    path: Path,
+    threads: int,
+    entries: Mapping[str, str],
+    *,
+    profile: bool = False,
+    save: Path | None = None,
+) -> Any:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    for key, value in entries.items():
+        options.add_session_config_entry(key, value)
+    if profile:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(path.with_suffix(f".{threads}.trace"))
+    if save is not None:
+        options.optimized_model_filepath = str(save)
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+_FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
+
+
+def random_feed(session: Any, seed: int = 0) -> dict[str, np.ndarray]:
+    """Standard normal inputs for a session, small integers where it takes integers."""
+    generator = np.random.default_rng(seed)
+    feed: dict[str, np.ndarray] = {}
+    for given in session.get_inputs():
+        shape = [d if isinstance(d, int) else 1 for d in given.shape]
+        if given.type in _FLOATS:
+            feed[given.name] = generator.standard_normal(shape).astype(_FLOATS[given.type])
+        elif given.type == "tensor(bool)":
+            feed[given.name] = np.ones(shape, bool)
+        else:
+            name = given.type.removeprefix("tensor(").removesuffix(")")
+            feed[given.name] = generator.integers(0, 2, shape).astype(name)
+    return feed
+
+
+# --- reading a trace ---------------------------------------------------------------------------
+
+_DTYPES = {"float": "float32", "double": "float64"}
+"""The trace's names of dtypes, where they are not numpy's."""
+_IR_DTYPES = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "float64": ir.DataType.DOUBLE,
+    "int8": ir.DataType.INT8,
+    "uint8": ir.DataType.UINT8,
+    "int32": ir.DataType.INT32,
+    "int64": ir.DataType.INT64,
+    "bool": ir.DataType.BOOL,
+}
+
+
+def _kernels(trace: Path, optimized: Path) -> tuple[KernelTime, ...]:
+    """The kernels of a trace in the order in which they ran."""
+    durations: dict[str, list[float]] = {}
+    shapes: dict[str, dict[str, Any]] = {}
+    for event in json.loads(trace.read_text(encoding="utf-8")):
+        name = str(event.get("name", ""))
+        if event.get("cat") == "Node" and name.endswith("_kernel_time"):
+            name = name.removesuffix("_kernel_time")
+            durations.setdefault(name, []).append(event["dur"] / 1e3)
+            shapes[name] = event["args"]
+    graph = ir.load(optimized).graph
+    operands: dict[str, Operand] = {}
+    for value in graph.initializers.values():
+        if value.shape is not None and value.dtype is not None:
+            shape = tuple(value.shape.numpy())
+            operands[value.name or ""] = Operand(shape, _dtype_name(value.dtype), True)
+    for value in graph.inputs:
+        if value.shape is not None and value.dtype is not None and not value.is_initializer():
+            operands[value.name or ""] = Operand(
+                tuple(d if isinstance(d, int) else 1 for d in value.shape.dims),
+                _dtype_name(value.dtype),
+            )
+    by_name = {node.name: node for node in graph}
+    # the saved graph has no shapes between its nodes: those that were seen are put in
+    found = []
+    for name, times in durations.items():
+        node = by_name.get(name)
+        if node is None:  # of a subgraph: part of the node that holds it
+            continue
+        outputs = _outputs(node, shapes[name])
+        for value, operand in zip((v for v in node.outputs if v.name), outputs, strict=False):
+            operands[value.name or ""] = operand
+            value.shape = ir.Shape(operand.shape)
+            value.type = ir.TensorType(_IR_DTYPES.get(operand.dtype, ir.DataType.FLOAT))
+        inputs = tuple(
+            None if value is None or not value.name else operands.get(value.name)
+            for value in node.inputs
+        )
+        # the first runs warm up
+        ms = typical(times[1:] or times)
+        plain = {k: a.value for k, a in node.attributes.items() if _is_plain(a.value)}
+        domain = "" if node.domain in ONNX_DOMAINS else node.domain
+        macs = float(node_cost(node).macs or 0)
+        found.append(KernelTime(node.op_type, domain, inputs, outputs, plain, ms, macs))
+    return tuple(found)
+
+
+def _outputs(node: ir.Node, arguments: Mapping[str, Any]) -> tuple[Operand, ...]:
+    found = []
+    for item in arguments.get("output_type_shape", ()):
+        for dtype, shape in item.items():
+            found.append(Operand(tuple(int(d) for d in shape), _DTYPES.get(dtype, dtype)))
+    return tuple(found)
+
+
+def _dtype_name(dtype: ir.DataType) -> str:
+    try:
+        return str(dtype.numpy().name)
+    except TypeError:
+        return dtype.name.lower()
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, int | float | str) or (
+        isinstance(value, list | tuple) and all(isinstance(v, int | float | str) for v in value)
+    )
+
+
+# --- benches -----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class _Entry:
+    net: str
+    recipe: str
+    timed: TimedNet
+
+
+class Bench:
+    """Times networks in batches; use it as a context manager, it owns a temporary folder.
+
+    The networks of a batch take turns `rounds` times over, with a small reference in between that
+    tells how fast the machine is just then.
+    """
+
+    def __init__(
+        self,
+        threads: Sequence[int] = (1,),
+        *,
+        rounds: int = 4,
+        runs: int = 2,
+        reference: ir.Model | None = None,
+    ) -> None:
+        self.threads = tuple(threads)
+        self.rounds = rounds
+        self.runs = runs
+        self.reference_ms: list[float] = []
+        self._folder = tempfile.TemporaryDirectory(prefix="edgepass-bench-")
+        self._reference: TimedNet | None = None
+        if reference is not None:
+            path = self._write("reference", reference)
+            self._reference = TimedNet(path, 1, profile=False)
+            self._reference.warm()
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._reference = None
+        self._folder.cleanup()
+
+    def _write(self, name: str, model: ir.Model) -> Path:
+        path = Path(self._folder.name) / f"{name}.onnx"
+        write_onnx(model, path)
+        return path
+
+    def reference(self, runs: int = 3) -> float:
+        """Milliseconds of the reference now; 1 where there is none."""
+        if self._reference is None:
+            return 1.0
+        self._reference.walls.clear()
+        self._reference.turn(runs)
+        self.reference_ms.append(typical(self._reference.walls))
+        return self.reference_ms[-1]
+
+    def run(
+        self,
+        models: Sequence[tuple[str, str, ir.Model, Mapping[str, str]]],
+        *,
+        profile: bool = True,
+    ) -> list[NetTime]:
+        """Time (name, recipe, model, session options), all weights given.
+
+        A network that the runtime refuses is left out.
+        """
+        with _no_garbage_collection():
+            return self._run(models, profile)
+
+    def _run(
+        self,
+        models: Sequence[tuple[str, str, ir.Model, Mapping[str, str]]],
+        profile: bool,
+    ) -> list[NetTime]:
+        entries: list[_Entry] = []
+        paths: list[Path] = []
+        for index, (name, recipe, model, options) in enumerate(models):
+            paths.append(self._write(f"net{index}", model))
+            for threads in self.threads:
+                with contextlib.suppress(Exception):  # onnxruntime's share no base but Exception
+                    timed = TimedNet(paths[-1], threads, entries=options, profile=profile)
+                    timed.warm()
+                    entries.append(_Entry(name, recipe, timed))
+        references = []
+        # networks with one number of threads together: a pool spins on after its last run
+        order = sorted(entries, key=lambda entry: entry.timed.threads)
+        for _ in range(self.rounds):
+            references.append(self.reference())
+            for entry in order:
+                entry.timed.turn(self.runs)
+        best = min(self.reference_ms, default=1.0)
+        drift = min(references) / best
+        results = [entry.timed.result(entry.net, entry.recipe, drift) for entry in order]
+        for path in paths:
+            path.unlink()
+        return results
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
