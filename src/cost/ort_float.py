@@ -13,11 +13,13 @@ import onnx_ir as ir
 from ..ir.graph import constant_scalar
 from ..targets.target import Target
 from .ort_nchwc import block_channels
+from .ort_transpose import push_transposes
 from .runtime_graph import CONTRIB, Op, RuntimeGraph, Tensor
 
 
 def simplify(graph: RuntimeGraph, target: Target) -> None:
     """The rewrites that come before quantized operators are formed."""
+    push_transposes(graph)
     for op in graph:
         if op not in graph:
             continue
@@ -73,6 +75,8 @@ def _split(graph: RuntimeGraph, op: Op) -> None:
     parts = [u for u in data.users if u.is_onnx("Gather") and u.inputs[0] is data]
     if len(parts) != len(data.users) or len(parts) != data.shape[axis] or data.is_output:
         return
+    if len(parts) < 2:
+        return
     if any(int(u.attribute("axis", 0)) % len(data.shape) != axis for u in parts):
         return
     indices = [constant_scalar(u.inputs[1].source) if u.inputs[1] else None for u in parts]
@@ -104,6 +108,31 @@ def fuse(graph: RuntimeGraph, target: Target) -> None:
         if op in graph and (op.is_onnx("Conv") or op.type == "FusedConv"):
             _fuse_residual(graph, op, target)
     graph.sort()
+
+
+def _take_transposes(graph: RuntimeGraph, op: Op) -> None:
+    """Matrix products read an operand whose last two dimensions are swapped as it was before."""
+    if any(t is None or t.shape is None or len(t.shape) < 2 for t in op.inputs):
+        return
+    flags = {}
+    for index, flag in ((0, "transA"), (1, "transB")):
+        source = op.inputs[index]
+        maker = source.producer if source is not None else None
+        if maker is None or not maker.is_onnx("Transpose") or source is None:
+            continue
+        rank = len(source.shape or ())
+        swapped = [*range(rank - 2), rank - 1, rank - 2]
+        if list(maker.attribute("perm") or reversed(range(rank))) != swapped:
+            continue
+        graph.set_input(op, index, maker.inputs[0])
+        flags[flag] = 1
+        if not source.users and not source.is_output:
+            graph.remove(maker)
+            op.origin = maker.origin + op.origin
+    if flags:
+        op.type, op.domain = "FusedMatMul", CONTRIB
+        op.attributes = {**op.attributes, **flags}
+        graph.renew(op)
 
 
 def _fuse_activation(graph: RuntimeGraph, op: Op, target: Target) -> None:

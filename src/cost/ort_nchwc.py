@@ -80,15 +80,15 @@ class _Blocking:
         maker = plain.producer
         if (
             maker is not None
+            and self.graph.only_user(plain) is reader
             and maker.is_onnx("Transpose")
             and list(maker.attribute("perm", ())) == _TO_CHANNELS_FIRST
         ):
             source = maker.inputs[0]
+            self.graph.remove(maker)
             self.graph.add(
                 Op("ReorderInput", NCHWC, [source], [blocked], {"channels_last": 1}, maker.origin)
             )
-            if not plain.is_output and set(map(id, plain.users)) == {id(reader)}:
-                self.graph.remove(maker)
             return
         self.graph.add(Op("ReorderInput", NCHWC, [plain], [blocked]))
 
@@ -109,6 +109,8 @@ class _Blocking:
         blocks_input = True
         if groups > 1:
             depthwise = in_channels == 1 and out_channels == groups
+            if depthwise and out_channels % 4:
+                return
             if not depthwise and (
                 in_channels % self.block or (out_channels // groups) % self.block
             ):
@@ -117,7 +119,7 @@ class _Blocking:
             blocks_input = False
         elif in_channels % 4:
             return
-        if out_channels % 4:
+        if len(op.inputs) > 3 and op.inputs[3] not in self.blocked:
             return
         op.domain, op.type = NCHWC, "Conv"
         if blocks_input:
@@ -138,13 +140,45 @@ class _Blocking:
 
     def binary(self, op: Op) -> None:
         shapes = {t.shape for t in op.inputs if t is not None}
-        if not self._are_blocked(op) or len(shapes) != 1 or op.outputs[0].shape is None:
+        if not self._are_blocked(op) or op.outputs[0].shape is None:
+            return
+        if len(shapes) != 1:
+            if op.type != "Mul":
+                self._broadcast(op)
             return
         if op.type in ("Add", "Sum") and len(op.inputs) == 2 and self._fuse_sum(op):
             return
         for index in range(len(op.inputs)):
             self._read_blocked(op, index)
         self._publish(op)
+
+    def _broadcast(self, op: Op) -> None:
+        """A sum that repeats an image of one pixel, on views with the block as a dimension."""
+        result = op.outputs[0]
+        assert result.shape is not None
+        for tensor in op.inputs:
+            shape = tensor.shape if tensor is not None else None
+            if shape is None or shape[:2] != result.shape[:2]:
+                return
+            if shape[2:] != result.shape[2:] and set(shape[2:]) != {1}:
+                return
+        for index in range(len(op.inputs)):
+            self._read_blocked(op, index)
+            found = op.inputs[index]
+            assert found is not None
+            view = Tensor(f"{found.name}_5d", self._five(found.shape), found.dtype)
+            self.graph.add(Op("Reshape", "", [found], [view]))
+            self.graph.set_input(op, index, view)
+        self._publish(op)
+        blocked = self.blocked[result]
+        total = Tensor(f"{blocked.name}_5d", self._five(blocked.shape), blocked.dtype)
+        self.graph.set_output(op, 0, total)
+        self.graph.add(Op("Reshape", "", [total], [blocked]))
+
+    def _five(self, shape: tuple[int, ...] | None) -> tuple[int, ...]:
+        assert shape is not None
+        batch, channels, *rest = shape
+        return (batch, channels // self.block, *rest, self.block)
 
     def _fuse_sum(self, op: Op) -> bool:
         for index in (0, 1):
@@ -215,20 +249,40 @@ class _Blocking:
         if not all(t is not None and t.constant for t in op.inputs[1:]):
             return
         assert plain.shape is not None
-        if plain.shape[1] % self.block:
-            return
         scale = op.inputs[1]
         for index in range(len(op.inputs)):
             if index > 2:
                 self.graph.set_input(op, index, None)
         del op.inputs[3:]
         assert scale is not None
-        channels = plain.shape[1]
+        channels = self._rounded(plain.shape[1])
         op.type, op.domain = "Conv", NCHWC
         op.attributes = {"group": channels, "kernel_shape": [1, 1]}
         self.graph.set_input(
             op, 1, Tensor(f"{scale.name}_nchwc", (channels, 1, 1, 1), scale.dtype, True)
         )
+        self._read_blocked(op, 0)
+        self._publish(op)
+
+    def resize(self, op: Op) -> None:
+        """Enlarging by whole factors: the nearest pixel counted from the corner, or linear."""
+        plain, result = op.inputs[0], op.outputs[0]
+        if plain is None or plain not in self.blocked or result.shape is None:
+            return
+        assert plain.shape is not None
+        mode = op.attribute("mode", "nearest")
+        corner = op.attribute("coordinate_transformation_mode", "half_pixel") == "asymmetric"
+        floor = op.attribute("nearest_mode", "round_prefer_floor") == "floor"
+        if mode not in ("nearest", "linear") or (mode == "nearest" and not (corner and floor)):
+            return
+        if result.shape[:2] != plain.shape[:2]:
+            return
+        if any(b % a for a, b in zip(plain.shape[2:], result.shape[2:], strict=True)):
+            return
+        op.type, op.domain = "Upsample", NCHWC
+        for index in range(1, len(op.inputs)):
+            self.graph.set_input(op, index, None)
+        del op.inputs[1:]
         self._read_blocked(op, 0)
         self._publish(op)
 
@@ -261,9 +315,11 @@ _REWRITES = {
     ("", "Relu"): _Blocking.activation,
     ("", "Sigmoid"): _Blocking.activation,
     ("", "Tanh"): _Blocking.activation,
+    ("", "HardSigmoid"): _Blocking.activation,
     (CONTRIB, "QuickGelu"): _Blocking.activation,
     ("", "Gelu"): _Blocking.activation,
     (CONTRIB, "Gelu"): _Blocking.activation,
     ("", "BatchNormalization"): _Blocking.normalization,
+    ("", "Resize"): _Blocking.resize,
     ("", "Transpose"): _Blocking.transpose,
 }
