@@ -111,7 +111,7 @@ def compile(  # noqa: A001 - the name users look for
         placement.require_fast()
     if recipe == "default" and device.scheme is not None:
         notes.append(_what_int8_adds(graph, device, sizes))
-    report = cost_report(at_sizes(graph, sizes), device, recipe=recipe, dims=sizes)
+    report = cost_report(at_sizes(graph, sizes), device, recipe=recipe, dims=sizes, saved=graph)
     compiled = Compiled(
         model=graph,
         target=device,
@@ -265,9 +265,10 @@ def _what_int8_adds(model: ir.Model, target: Target, dims: Mapping[str, int]) ->
     try:
         chosen = parse_recipe("int8")
         context = Context(target, None, dims)
-        before = cost_report(at_sizes(model, dims), target, recipe="default", dims=dims)
+        sized = at_sizes(model, dims)
+        before = cost_report(sized, target, recipe="default", dims=dims, saved=model)
         plan = chosen[-1].plan(model, context)
-        after = cost_report(at_sizes(model, dims), target, recipe="int8", plan=plan, dims=dims)
+        after = cost_report(sized, target, recipe="int8", plan=plan, dims=dims, saved=model)
     except EdgepassError as error:
         return f'recipe="int8" can\'t be priced here: {error.diagnostic.what}'
     saved = f"{before.file_bytes / 1e6:.2f} MB to {after.file_bytes / 1e6:.2f} MB"

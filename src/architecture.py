@@ -30,7 +30,7 @@ from .targets.registry import get_target
 from .targets.target import Runtime, Target
 
 ProgressCall = Callable[[int, int, str], None]
-Priced = tuple[ir.Model, QuantPlan | None, tuple[str, ...]]
+Priced = tuple[ir.Model, ir.Model, QuantPlan | None, tuple[str, ...]]
 
 RECIPES = ("fp32", "fp16", "int8")
 """What is estimated where nothing else is asked for."""
@@ -102,7 +102,7 @@ class Architecture:
             if progress is not None:
                 progress(done, len(plans), name)
             try:
-                model, plan, notes = self._prepare(chosen, context)
+                model, saved, plan, notes = self._prepare(chosen, context)
                 rows.append(
                     cost_report(
                         model,
@@ -114,6 +114,7 @@ class Architecture:
                         threads=threads,
                         profile=fitted,
                         boards=boards,
+                        saved=saved,
                     )
                 )
             except EdgepassError as error:
@@ -123,7 +124,7 @@ class Architecture:
         return Estimate(device.name, tuple(rows), failed, budget)
 
     def _prepare(self, chosen: Sequence[Pass], context: Context) -> Priced:
-        """The graph that a recipe leaves without weights, and the plan of what needs them."""
+        """The graph a recipe leaves without weights, at the sizes and as saved; a plan of the rest."""
         assert context.target is not None
         sizes = tuple(sorted(context.dims.items()))
         key = (context.target.name, sizes, format_passes(list(chosen)))
@@ -152,7 +153,7 @@ class Architecture:
                 notes.append(f"{item}: stored size is not changed by it")
             else:
                 plan = found
-        return at_sizes(model, context.dims), plan, tuple(notes)
+        return at_sizes(model, context.dims), model, plan, tuple(notes)
 
 
 def estimate(

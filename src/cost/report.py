@@ -184,13 +184,15 @@ def cost_report(
     threads: int = 1,
     profile: Profile | None = None,
     boards: Sequence[Profile] = (),
+    saved: ir.Model | None = None,
 ) -> CostReport:
     """Count what a model costs; weights may be absent and are never read.
 
     `plan`: a quantization to price that is not applied yet. `dims`: sizes of symbolic dimensions.
     `notes` come first among the report's own. `profile`: fitted latency of the device; without one
-    latency is assumed. `boards`: profiles of devices to give the range over besides. Nothing is
-    raised for what can't be known: it is None, and a note says what is missing.
+    latency is assumed. `boards`: profiles of devices to give the range over besides. `saved`: the
+    model as it will be written, where `model` is it at given sizes. Nothing is raised for what
+    can't be known: it is None, and a note says what is missing.
     """
     storage = storage_for(model, target, plan, dims)
     costs = {node: node_cost(node, dims, model.functions) for node in model.graph}
@@ -206,7 +208,7 @@ def cost_report(
         )
     missing = _unknown_ops(unknown) if sized else ()
     moved = sum((k.bytes_read or 0) + (k.bytes_written or 0) for k in launched)
-    stored = file_bytes(model, plan)
+    stored = file_bytes(saved or model, plan)
     others = sorted(
         (latency(launched, target, threads, board) for board in boards if sized),
         key=lambda item: item.ms or 0.0,
