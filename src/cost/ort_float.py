@@ -102,6 +102,9 @@ def fuse(graph: RuntimeGraph, target: Target) -> None:
     for op in graph:
         if op in graph and op.is_onnx("Conv", "Gemm"):
             _fuse_activation(graph, op, target)
+        elif op in graph and op.is_onnx("MatMul"):
+            _take_transposes(graph, op)
+    graph.sort()
     if target.hardware.arch == "x86_64":
         block_channels(graph, target)
     for op in graph:

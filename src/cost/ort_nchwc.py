@@ -140,6 +140,8 @@ class _Blocking:
 
     def binary(self, op: Op) -> None:
         shapes = {t.shape for t in op.inputs if t is not None}
+        if op.type == "Mul" and self._scale(op):
+            return
         if not self._are_blocked(op) or op.outputs[0].shape is None:
             return
         if len(shapes) != 1:
@@ -219,7 +221,7 @@ class _Blocking:
 
     def activation(self, op: Op) -> None:
         plain = op.inputs[0]
-        if plain is None or plain not in self.blocked:
+        if plain is None or plain not in self.blocked or op.outputs[0].shape is None:
             return
         conv = self.blocked[plain].producer
         if (
@@ -246,21 +248,35 @@ class _Blocking:
         plain = op.inputs[0]
         if plain is None or plain not in self.blocked or len(op.outputs) > 1:
             return
-        if not all(t is not None and t.constant for t in op.inputs[1:]):
+        if op.outputs[0].shape is None:
             return
+        if all(t is not None and t.constant for t in op.inputs[1:]):
+            self._to_one_tap(op, plain, bias=op.inputs[2])
+
+    def _scale(self, op: Op) -> bool:
+        """A product with a constant for each blocked channel becomes a convolution of one tap."""
+        if op.outputs[0].shape is None:
+            return False
+        for plain, scale in (op.inputs, op.inputs[::-1]):
+            if plain is None or scale is None or plain not in self.blocked:
+                continue
+            channels = plain.shape[1] if plain.shape is not None else 0
+            if scale.constant and scale.shape in ((channels, 1, 1), (1, channels, 1, 1)):
+                self._to_one_tap(op, plain, bias=None)
+                return True
+        return False
+
+    def _to_one_tap(self, op: Op, plain: Tensor, bias: Tensor | None) -> None:
         assert plain.shape is not None
-        scale = op.inputs[1]
-        for index in range(len(op.inputs)):
-            if index > 2:
-                self.graph.set_input(op, index, None)
-        del op.inputs[3:]
-        assert scale is not None
         channels = self._rounded(plain.shape[1])
+        weight = Tensor(f"{op.outputs[0].name}_scale", (channels, 1, 1, 1), plain.dtype, True)
+        for index, tensor in enumerate((plain, weight, bias)):
+            self.graph.set_input(op, index, tensor)
+        for index in range(3, len(op.inputs)):
+            self.graph.set_input(op, index, None)
+        del op.inputs[3 if bias is not None else 2 :]
         op.type, op.domain = "Conv", NCHWC
         op.attributes = {"group": channels, "kernel_shape": [1, 1]}
-        self.graph.set_input(
-            op, 1, Tensor(f"{scale.name}_nchwc", (channels, 1, 1, 1), scale.dtype, True)
-        )
         self._read_blocked(op, 0)
         self._publish(op)
 

@@ -128,11 +128,21 @@ def _pays(op: Op, perm: Perm, leading: set[Tensor]) -> bool:
         if found is None or found.constant:
             continue
         maker = found.producer
-        same = maker is not None and maker.is_onnx("Transpose") and _perm(maker) == perm
-        cost += -_longer(found.shape) if same else _longer(found.shape)
+        if maker is None or not maker.is_onnx("Transpose") or _perm(maker) != perm:
+            cost += _longer(found.shape)
+        elif _goes_away(maker):
+            cost -= _longer(found.shape)
     if not any(t in leading for t in op.outputs):
         cost += _longer(op.outputs[0].shape)
     return cost < 0
+
+
+def _goes_away(transpose: Op) -> bool:
+    """Whether every reader of a Transpose could let it pass."""
+    result = transpose.outputs[0]
+    return not result.is_output and all(
+        user.is_onnx("Transpose", "Reshape") or _is_handled(user) for user in result.users
+    )
 
 
 # --- the moves -------------------------------------------------------------------------------
@@ -226,6 +236,9 @@ def _untransposed(graph: RuntimeGraph, tensor: Tensor, perm: Perm) -> Tensor:
     if math.prod(shape) == 1 and tensor.constant:
         return tensor
     inverse = _inverse(perm)
+    for user in tensor.users:
+        if user.is_onnx("Transpose") and _perm(user) == inverse and user.inputs[0] is tensor:
+            return user.outputs[0]
     made = Tensor(f"{tensor.name}_t", tuple(shape[p] for p in inverse), tensor.dtype)
     made.constant = tensor.constant
     if tensor.constant:
@@ -278,6 +291,8 @@ def _pass_reshape(graph: RuntimeGraph, transpose: Op, op: Op, perm: Perm) -> Non
     before = transpose.outputs[0].shape
     if source is None or before is None or result.shape is None:
         return
+    if not _goes_away(transpose):
+        return
     groups = _split_groups(before, result.shape)
     if groups is None:
         return
@@ -296,7 +311,7 @@ def _split_groups(before: tuple[int, ...], after: tuple[int, ...]) -> list[list[
     """Which dimensions each dimension becomes, or None where any are merged."""
     groups: list[list[int]] = []
     place = 0
-    for axis, size in enumerate(before):
+    for size in before:
         taken: list[int] = []
         product = 1
         while place < len(after) and (product < size or not taken):
@@ -305,12 +320,8 @@ def _split_groups(before: tuple[int, ...], after: tuple[int, ...]) -> list[list[
             place += 1
         if product != size:
             return None
-        if axis + 1 == len(before):
-            taken += range(place, len(after))
-            if math.prod(after[place:]) != 1:
-                return None
         groups.append(taken)
-    return groups
+    return groups if place == len(after) else None
 
 
 def _drop_unused(graph: RuntimeGraph, op: Op) -> None:
