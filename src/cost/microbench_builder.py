@@ -77,7 +77,7 @@ class NetBuilder:
         **attributes: Any,
     ) -> list[ir.Value]:
         """Any operator, its outputs' shapes given; they have the first input's dtype."""
-        found = next(value.dtype for value in inputs if value is not None)
+        found = next(value.dtype for value in inputs if value is not None and value.dtype)
         outputs = [_value(self._name(kind), shape, dtype or found) for shape in shapes]
         self._nodes.append(
             ir.node(
@@ -167,7 +167,7 @@ class NetBuilder:
         n, c, *extents = shape_of(x)
         pad = (kernel - 1) // 2
         after = [(size + 2 * pad - kernel) // stride + 1 for size in extents]
-        more = {"count_include_pad": 0} if kind == "AveragePool" else {}
+        more: dict[str, Any] = {"count_include_pad": 0} if kind == "AveragePool" else {}
         return self.op(
             kind,
             [x],
@@ -276,7 +276,7 @@ class NetBuilder:
         """Twice the height and width."""
         n, c, h, w = shape_of(x)
         scales = self.constant([1, 1, 2, 2], np.float32)
-        more = (
+        more: dict[str, Any] = (
             {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
             if mode == "nearest"
             else {"coordinate_transformation_mode": "half_pixel"}

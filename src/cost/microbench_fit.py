@@ -178,7 +178,7 @@ def _solve(
     precision = 1.0 / noise
     square = cross.T @ (cross * precision[:, None]) + inner / variance
     square[np.diag_indices(len(square))] += 1e-6 * np.trace(square) / len(square)
-    weights = np.linalg.solve(square, cross.T @ (precision * residual))
+    weights: Array = np.linalg.solve(square, cross.T @ (precision * residual))
     return Correction(tuple(names), scales, centres, weights)
 
 

@@ -239,7 +239,11 @@ def mixed(b: NetBuilder, x: ir.Value, channels: int, stride: int, act: str) -> i
     sizes.append(middle - sum(sizes))
     pieces = b.split(y, sizes, 1)
     y = b.concat(
-        [b.conv(p, s, 3 + 2 * i, stride, s) for i, (p, s) in enumerate(zip(pieces, sizes))], 1
+        [
+            b.conv(p, s, 3 + 2 * i, stride, s)
+            for i, (p, s) in enumerate(zip(pieces, sizes, strict=True))
+        ],
+        1,
     )
     y = squeeze_excite(b, activate(b, y, act), act) if b.random.random() < 0.5 else y
     y = b.conv(y, channels, 1)

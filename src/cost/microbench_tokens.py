@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -60,7 +61,7 @@ def _merged(b: NetBuilder, y: ir.Value) -> ir.Value:
 
 def attention(b: NetBuilder, x: ir.Value) -> ir.Value:
     """Self-attention, plain, with a bias by position, or with mixed heads."""
-    n, t, c = shape_of(x)
+    _, t, c = shape_of(x)
     heads = heads_of(b, c)
     q, k, v = _projected(b, x, 3, heads)
     scores = _scores(b, q, k)
@@ -226,7 +227,7 @@ def position_conv(b: NetBuilder, x: ir.Value) -> ir.Value:
 
 def token_mixer(b: NetBuilder, x: ir.Value) -> ir.Value:
     """An MLP along the tokens (Tolstikhin et al. 2021), gated at times."""
-    n, t, c = shape_of(x)
+    _, t, c = shape_of(x)
     y = b.transpose(x, 0, 2, 1)
     if b.random.random() < 0.3:
         y = b.transpose(b.linear(y, t), 0, 2, 1)
@@ -307,7 +308,7 @@ def recurrent(b: NetBuilder, x: ir.Value) -> ir.Value:
     ]
     b.macs += n * t * directions * gates * hidden * (c + hidden)
     outputs = [(t, directions, n, hidden), (directions, n, hidden)]
-    more = {"linear_before_reset": 1} if kind == "GRU" else {}
+    more: dict[str, Any] = {"linear_before_reset": 1} if kind == "GRU" else {}
     if kind == "LSTM":
         outputs.append((directions, n, hidden))
     y = b.op(

@@ -1,0 +1,331 @@
+"""A latency profile of this machine: measure random networks, fit every class of kernels, prove it.
+
+Here: `calibrate_host` and `fit_setting`. How nets are timed is `microbench`'s to say, what nets
+there are `microbench_nets`', how a class is fitted `microbench_fit`'s. Not here: fitting whole-model
+timings (`timings`), re-measuring (`check`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import math
+import os
+import platform
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from ..errors import CalibrationError
+from .features import Features
+from .microbench import Bench, KernelTime, NetTime
+from .microbench_fit import fit_class, refit_class
+from .microbench_nets import REFERENCE, synthetic_net
+from .profile import ClassModel, HeldOut, Interval, Profile, Setting
+from .profiles import cpu_name
+
+Array = NDArray[np.float64]
+Prepare = Callable[[ir.Model], tuple[ir.Model, Mapping[str, str]]]
+"""Applies a recipe to a network without weights: a runnable model, and session options."""
+ProgressCall = Callable[[int, int, str], None]
+
+BATCH = 8
+"""Networks that take turns: enough to outlast a slow spell, few enough to stay in memory."""
+FIT_SHARE = 0.14
+"""The part of the budget that fitting is left."""
+FOLDS = 3
+LEAST_MS = 0.0003
+"""What a kernel is taken to cost at the least."""
+_MIN_OWN, _MIN_FAMILY = 6, 4  # kernels for a class of its own, for a family
+_MAX_ROWS = 2500
+_SUM_OF = 3  # held-out nets of a family that stand for one model: models are larger than nets
+COVERED = 0.8
+
+
+def calibrate_host(
+    recipes: Mapping[str, Prepare],
+    *,
+    name: str,
+    target: str,
+    threads: Sequence[int] = (1,),
+    budget_s: float = 540.0,
+    progress: ProgressCall | None = None,
+) -> Profile:
+    """Measure this machine for about `budget_s` seconds and fit a profile.
+
+    `recipes`: what is done to each network before it is timed ("fp32", "int8", ...). `threads`: the
+    counts to measure. Deterministic but for time: the same networks in the same order, as many as
+    the budget allows.
+
+    Raises:
+        CalibrationError: the budget does not suffice for even one batch of networks.
+    """
+    import onnxruntime as ort
+
+    started = time.monotonic()
+    end = started + budget_s * (1 - FIT_SHARE)
+    tell = progress or _silent
+    first = next(iter(recipes.values()))
+    nets: list[NetTime] = []
+    count = 0
+    with Bench(threads, reference=first(synthetic_net(REFERENCE).model)[0]) as bench:
+        while True:
+            spent = time.monotonic() - started
+            if count and time.monotonic() + spent / count * BATCH > end:
+                break
+            tell(int(spent), int(budget_s), f"{count} networks measured")
+            models = []
+            for index in range(count, count + BATCH):
+                net = synthetic_net(index)
+                for recipe, prepare in recipes.items():
+                    model, options = prepare(net.model.clone())
+                    models.append((net.name, recipe, model, options))
+            nets += bench.run(models)
+            count += BATCH
+        speed = float(np.quantile(bench.reference_ms, 0.1))
+    tell(int(time.monotonic() - started), int(budget_s), "fitting")
+    if not nets:
+        raise CalibrationError(
+            "Nothing was measured",
+            why="ONNX Runtime refused every network",
+            fix="check that `import onnxruntime` works and runs a model",
+        )
+    nets = without_drift(nets, speed)
+    return Profile(
+        name=name,
+        device=cpu_name(),
+        runtime="onnxruntime",
+        target=target,
+        source=f"micro-benchmarks: kernels of {count} random networks, {', '.join(recipes)}",
+        settings=tuple(fit_setting(nets, n) for n in sorted(set(threads))),
+        runtime_version=str(ort.__version__),
+        date=datetime.date.today().isoformat(),
+        host=_host(speed),
+        kernels=_sample(nets),
+        notes=(f"{sum(len(net.kernels) for net in nets)} kernels timed",),
+    )
+
+
+def _host(speed: float) -> dict[str, Any]:
+    return {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count() or 1,
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "reference_ms": speed,
+    }
+
+
+def without_drift(nets: Sequence[NetTime], speed: float) -> list[NetTime]:
+    """Times as they would be if the machine had always run its reference in `speed` ms."""
+    found = []
+    for net in nets:
+        factor = speed / net.reference_ms if net.reference_ms > 0 else 1.0
+        kernels = tuple(dataclasses.replace(k, ms=k.ms * factor) for k in net.kernels)
+        found.append(
+            dataclasses.replace(net, ms=net.ms * factor, reference_ms=speed, kernels=kernels)
+        )
+    return found
+
+
+# --- fitting -----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """A measured kernel: the number of its network, what it is, its corrected milliseconds."""
+
+    net: int
+    features: Features
+    ms: float
+
+
+def fit_setting(nets: Sequence[NetTime], threads: int) -> Setting:
+    """Every class of kernels for one number of threads, and the proof on networks held out."""
+    mine = [net for net in nets if net.threads == threads and net.kernels]
+    overhead = profiling_overhead(mine)
+    rows = [
+        _Row(index, kernel.features, max(LEAST_MS, kernel.ms - overhead))
+        for index, net in enumerate(mine)
+        for kernel in net.kernels
+    ]
+    grouped = _by_class(rows)
+    classes = {key: _fit(found) for key, found in grouped.items()}
+    setting = Setting(threads, classes)
+    scale = _scale(mine, rows, setting)
+    held_out = _held_out(mine, rows, grouped, classes, threads, scale)
+    classes = {
+        key: dataclasses.replace(model, error=held_out.errors.get(key))
+        for key, model in classes.items()
+    }
+    return Setting(
+        threads,
+        classes,
+        scale=scale,
+        intervals=held_out.intervals,
+        held_out=held_out.proofs,
+    )
+
+
+def profiling_overhead(nets: Sequence[NetTime]) -> float:
+    """Milliseconds that the profiler adds to every kernel.
+
+    From networks of many small kernels: the sum of their kernels less what a run takes without the
+    profiler, per kernel; the median.
+    """
+    found = [
+        (math.fsum(kernel.ms for kernel in net.kernels) - net.ms) / len(net.kernels)
+        for net in nets
+        if len(net.kernels) > 8 * net.ms
+    ]
+    return max(0.0, float(np.median(found))) if found else 0.0
+
+
+def _by_class(rows: Sequence[_Row]) -> dict[str, list[_Row]]:
+    """Rows by operator, by family and by the family's root, where there are enough."""
+    grouped: dict[str, list[_Row]] = defaultdict(list)
+    for row in rows:
+        own, family = row.features.keys
+        root = f"{row.features.family.partition('/')[0]}:{row.features.dtype}"
+        for key in dict.fromkeys((own, family, root)):
+            grouped[key].append(row)
+    kept = {}
+    for key, found in grouped.items():
+        if len(found) < (_MIN_OWN if key.count(":") == 2 else _MIN_FAMILY):
+            continue
+        step = -(-len(found) // _MAX_ROWS)
+        kept[key] = found[::step]
+    return kept
+
+
+def _fit(rows: Sequence[_Row]) -> ClassModel:
+    common = set.intersection(*(set(row.features.coordinates) for row in rows))
+    same = len(common) == len(rows[0].features.coordinates)
+    ms = np.array([row.ms for row in rows])
+    return fit_class([row.features for row in rows], ms, correct=same)
+
+
+def kernel_times(setting: Setting, found: Sequence[Features]) -> Array:
+    """Milliseconds of kernels under a setting, [n]; NaN where it has no class."""
+    times = np.full(len(found), np.nan)
+    by_class: dict[str, list[int]] = defaultdict(list)
+    for index, features in enumerate(found):
+        key, _ = setting.find(features)
+        if key:
+            by_class[key].append(index)
+    for key, indices in by_class.items():
+        times[indices], _ = setting.classes[key].predict([found[i] for i in indices])
+    return times
+
+
+def _scale(nets: Sequence[NetTime], rows: Sequence[_Row], setting: Setting) -> float:
+    """Runs over the sums of their kernels: the median over networks that take a while."""
+    sums = np.zeros(len(nets))
+    np.add.at(sums, [row.net for row in rows], [row.ms for row in rows])
+    walls = np.array([net.ms for net in nets])
+    keep = walls > np.median(walls)
+    return float(np.median(walls[keep] / sums[keep])) if keep.any() else 1.0
+
+
+# --- proof -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Proof:
+    intervals: Mapping[str, Interval]
+    proofs: Mapping[str, HeldOut]
+    errors: Mapping[str, float]
+
+
+def _held_out(
+    nets: Sequence[NetTime],
+    rows: Sequence[_Row],
+    grouped: Mapping[str, list[_Row]],
+    classes: Mapping[str, ClassModel],
+    threads: int,
+    scale: float,
+) -> _Proof:
+    """Predict every network from fits that have not seen it, nor the same under another recipe."""
+    names = sorted({net.net for net in nets})
+    fold_of = {name: index % FOLDS for index, name in enumerate(names)}
+    predicted = np.zeros(len(nets))
+    errors: dict[str, list[float]] = defaultdict(list)
+    for fold in range(FOLDS):
+        fitted = {}
+        for key, found in grouped.items():
+            seen = [row for row in found if fold_of[nets[row.net].net] != fold]
+            if len(seen) >= _MIN_FAMILY:
+                ms = np.array([row.ms for row in seen])
+                fitted[key] = refit_class(classes[key], [row.features for row in seen], ms)
+        setting = Setting(threads, fitted)
+        mine = [row for row in rows if fold_of[nets[row.net].net] == fold]
+        times = kernel_times(setting, [row.features for row in mine])
+        for row, ms in zip(mine, times.tolist(), strict=True):
+            if math.isnan(ms):
+                ms = row.ms  # no class at all: unknown, and said so, when predicting
+            predicted[row.net] += scale * ms
+            errors[row.features.keys[0]].append(abs(ms - row.ms) / row.ms)
+    truths = np.array([net.ms for net in nets])
+    intervals, proofs = {}, {}
+    for dtype, recipe_is_int8 in (("float32", False), ("int8", True)):
+        chosen = [i for i, net in enumerate(nets) if ("int8" in net.recipe) == recipe_is_int8]
+        if len(chosen) >= 10:
+            intervals[dtype], proofs[dtype] = _interval(nets, chosen, predicted, truths)
+    return _Proof(intervals, proofs, {key: float(np.median(e)) for key, e in errors.items()})
+
+
+def _interval(
+    nets: Sequence[NetTime], chosen: Sequence[int], predicted: Array, truths: Array
+) -> tuple[Interval, HeldOut]:
+    """A split-conformal interval on log(truth / prediction), and the error of the networks.
+
+    Models are larger than the networks, so their errors average out more: `_SUM_OF` networks of
+    one family stand for a model.
+    """
+    by_family: dict[str, list[int]] = defaultdict(list)
+    for index in chosen:
+        by_family[nets[index].net.rpartition("-")[0]].append(index)
+    ratios = []
+    for members in by_family.values():
+        for start in range(len(members)):
+            group = [members[(start + k) % len(members)] for k in range(_SUM_OF)]
+            weights = 1.0 / truths[group]  # each network counts the same
+            ratios.append(
+                float((weights * truths[group]).sum() / (weights * predicted[group]).sum())
+            )
+    logs = np.log(ratios)
+    rank = min(1.0, COVERED + (1 - COVERED) / len(logs))
+    low, high = np.quantile(logs, [(1 - rank) / 2, (1 + rank) / 2])
+    low, high = min(low, -0.01), max(high, 0.01)
+    off = np.abs(predicted[list(chosen)] / truths[list(chosen)] - 1)
+    inside = float(np.mean((logs >= low) & (logs <= high)))
+    proof = HeldOut(
+        models=len(chosen),
+        median_error=float(np.median(off)),
+        within_10=float(np.mean(off <= 0.1)),
+        within_20=float(np.mean(off <= 0.2)),
+        coverage=inside,
+        method=f"{FOLDS}-fold over random networks",
+    )
+    return Interval(float(math.exp(low)), float(math.exp(high))), proof
+
+
+def _sample(nets: Sequence[NetTime], count: int = 48) -> list[dict[str, Any]]:
+    """Networks to measure again when the profile is checked: their times, spread over all."""
+    step = max(1, len(nets) // count)
+    return [
+        {"net": net.net, "recipe": net.recipe, "threads": net.threads, "ms": net.ms}
+        for net in nets[::step]
+    ]
+
+
+def _silent(done: int, total: int, what: str) -> None:
+    """No progress shown."""
+
+
+__all__ = ["KernelTime", "calibrate_host", "fit_setting", "kernel_times", "without_drift"]
