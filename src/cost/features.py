@@ -145,6 +145,8 @@ _PRODUCTS: Mapping[str, tuple[int, int]] = MappingProxyType(
     }
 )
 _INTEGER = ("int8", "uint8")
+_FUNCTIONS = ("Sigmoid", "Tanh", "Gelu", "QuickGelu", "FastGelu")
+"""Activations that cost a convolution time when merged into it."""
 
 
 def features(
@@ -164,7 +166,7 @@ def features(
     attributes = attributes or {}
     present = [operand for operand in inputs if operand is not None]
     if op_type in _CONVOLUTIONS and outputs:
-        found = _convolution(op_type, domain, inputs, outputs)
+        found = _convolution(op_type, domain, inputs, outputs, attributes)
         if found is not None:
             return found
     if op_type in _PRODUCTS and outputs:
@@ -192,7 +194,11 @@ def _log(value: float) -> float:
 
 
 def _convolution(
-    op_type: str, domain: str, inputs: Sequence[Operand | None], outputs: Sequence[Operand]
+    op_type: str,
+    domain: str,
+    inputs: Sequence[Operand | None],
+    outputs: Sequence[Operand],
+    attributes: Mapping[str, Any],
 ) -> Features | None:
     data_index, weight_index = _CONVOLUTIONS[op_type]
     if len(inputs) <= weight_index:
@@ -241,6 +247,7 @@ def _convolution(
     elif kind == "first":
         padded *= per_group
     present = [operand for operand in inputs if operand is not None]
+    by_table = str(attributes.get("activation", "")) in _FUNCTIONS
     return Features(
         f"convolution/{kind}",
         f"{op_type}@nchwc" if domain.endswith("nchwc") else op_type,
@@ -254,6 +261,7 @@ def _convolution(
                 padded_macs=padded,
                 elements=float(result.elements),
                 unrolled=float(pixels * area * channels_in) if area > 1 else 0.0,
+                activated=float(result.elements) if by_table else 0.0,
             )
         ),
         MappingProxyType(
@@ -266,6 +274,7 @@ def _convolution(
                 "stride": _log(pixels_in / max(1, pixels)) / 2,
                 "fill": channels_out / (math.ceil(channels_out / LANES) * LANES),
                 "square": _squareness(weight.shape[2:]),
+                "function": 1.0 if by_table else 0.0,
             }
         ),
     )
@@ -352,14 +361,15 @@ def _other(
         full = [o for o in present if o.elements == result.elements and o.elements > 1]
         if len(present) > 1 and len(full) < 2:
             family = "elementwise/broadcast"
-    inner = result.shape[-1] if result.shape else 1
-    run = inner
-    if family == "elementwise/broadcast":
-        run = _broadcast_run(present, result)
-    elif family == "movement/transpose":
-        run = _copied_run(first, result, attributes)
-    elif family == "reduction":
-        run = max(1, first.elements // max(1, result.elements))
+    inner, run = _inner_and_run(family, present, first, result, attributes)
+    more: dict[str, float] = {}
+    coordinates: dict[str, float] = {}
+    if family == "movement/transpose":
+        coordinates = _transposed(first, attributes)
+    elif family == "pooling":
+        area = math.prod(attributes.get("kernel_shape") or (1,))
+        coordinates = {"area": _log(area)}
+        more = {"unrolled": float(result.elements * area)}
     dtype = "int8" if first.dtype in _INTEGER else first.dtype
     return Features(
         family,
@@ -373,10 +383,12 @@ def _other(
                 macs=macs,
                 padded_macs=macs,
                 elements=elements,
+                **more,
             )
         ),
         MappingProxyType(
             {
+                **coordinates,
                 "elements": _log(elements),
                 "inner": _log(inner),
                 "run": _log(run),
@@ -386,6 +398,98 @@ def _other(
             }
         ),
     )
+
+
+def _inner_and_run(
+    family: str,
+    present: Sequence[Operand],
+    first: Operand,
+    result: Operand,
+    attributes: Mapping[str, Any],
+) -> tuple[int, int]:
+    """The extent that loops run over innermost, and the elements handled in one piece."""
+    inner = result.shape[-1] if result.shape else 1
+    axis = attributes.get("axis")
+    if family == "elementwise/broadcast":
+        return inner, _broadcast_run(present, result)
+    if family == "movement/transpose":
+        return inner, _copied_run(first, result, attributes)
+    if family == "movement/copy":
+        return inner, _piece(first, result)
+    if family == "reduction":  # what is kept behind the last reduced axis, and what is reduced
+        return _kept_behind(first.shape, result.shape), max(
+            1, first.elements // max(1, result.elements)
+        )
+    if family == "softmax" and isinstance(axis, int) and first.shape:
+        return first.shape[axis], math.prod(first.shape[axis % len(first.shape) + 1 :])
+    if family == "gather" and isinstance(axis, int) and first.shape:
+        return inner, math.prod(first.shape[axis % len(first.shape) + 1 :])
+    if family == "quantization":  # how many scales, and the elements in a row that share one
+        scales = present[1].elements if len(present) > 1 else 1
+        if scales <= 1:
+            return 1, first.elements
+        behind = axis if isinstance(axis, int) else 1
+        return scales, math.prod(first.shape[behind % max(1, len(first.shape)) + 1 :])
+    return inner, inner
+
+
+def _kept_behind(before: Sequence[int], after: Sequence[int]) -> int:
+    """The product of the trailing extents that a reduction keeps; 1 where it takes the last."""
+    wide = [extent for extent in before if extent != 1]
+    kept = [extent for extent in after if extent != 1]
+    if kept == wide[: len(kept)]:
+        return 1
+    behind = 1
+    while wide and kept and wide[-1] == kept[-1]:
+        behind *= wide.pop()
+        kept.pop()
+    return behind
+
+
+def _piece(first: Operand, result: Operand) -> int:
+    """Elements that a concatenation, a split, a slice or a padding copies in one piece."""
+    if len(first.shape) != len(result.shape):
+        return result.elements
+    differing = [
+        i for i, (a, b) in enumerate(zip(first.shape, result.shape, strict=True)) if a != b
+    ]
+    if not differing:
+        return result.elements
+    smaller = min(first, result, key=lambda o: o.elements)
+    return math.prod(smaller.shape[differing[-1] :])
+
+
+def _transposed(first: Operand, attributes: Mapping[str, Any]) -> dict[str, float]:
+    """A permutation without axes of one and with those that stay together as one.
+
+    `rank`: of what is left; `single`: 1 where moving one axis does it; `before` and `after`: the
+    innermost extents that change places.
+    """
+    order = [a for a in attributes.get("perm", ()) if a < len(first.shape) and first.shape[a] != 1]
+    blocks: list[list[int]] = []
+    for axis in order:
+        between = range(blocks[-1][-1] + 1, axis) if blocks else ()
+        if blocks and axis > blocks[-1][-1] and all(first.shape[i] == 1 for i in between):
+            blocks[-1].append(axis)
+        else:
+            blocks.append([axis])
+    sizes = [math.prod(first.shape[axis] for axis in block) for block in blocks]
+    places = sorted(range(len(blocks)), key=lambda i: blocks[i][0])  # in the order of the input
+    order = [places.index(i) for i in range(len(blocks))]
+    rank = len(order)
+    single = any(
+        [x for x in order if x != moved] == [x for x in range(rank) if x != moved]
+        for moved in range(rank)
+    )
+    inner = rank - 1
+    while inner > 0 and order[inner] == inner:
+        inner -= 1
+    return {
+        "rank": float(min(6, rank)),
+        "single": 1.0 if single else 0.0,
+        "before": _log(sizes[places[inner]]) if rank else 0.0,
+        "after": _log(sizes[inner]) if rank else 0.0,
+    }
 
 
 def _broadcast_run(present: Sequence[Operand], result: Operand) -> int:
