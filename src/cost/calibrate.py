@@ -265,11 +265,11 @@ def _held_out(
         setting = Setting(threads, fitted)
         mine = [row for row in rows if fold_of[nets[row.net].net] == fold]
         times = kernel_times(setting, [row.features for row in mine])
-        for row, ms in zip(mine, times.tolist(), strict=True):
-            if math.isnan(ms):
-                ms = row.ms  # no class at all: unknown, and said so, when predicting
-            predicted[row.net] += scale * ms
-            errors[row.features.keys[0]].append(abs(ms - row.ms) / row.ms)
+        for row, found_ms in zip(mine, times.tolist(), strict=True):
+            # no class at all: unknown, and said so, when predicting
+            guess = row.ms if math.isnan(found_ms) else float(found_ms)
+            predicted[row.net] += scale * guess
+            errors[row.features.keys[0]].append(abs(guess - row.ms) / row.ms)
     truths = np.array([net.ms for net in nets])
     intervals, proofs = {}, {}
     for dtype, recipe_is_int8 in (("float32", False), ("int8", True)):

@@ -109,11 +109,13 @@ class TimedNet:
             self._profiling.run(self._names, self._feed)
 
     def turn(self, runs: int) -> None:
-        """Some runs of either session, after a few that do not count."""
-        for session, times in ((self._plain, self.walls), (self._profiling, self.profiled)):
+        """Some runs with the profiler and half as many without, after a few that do not count."""
+        plain = runs if self._profiling is None else max(1, runs // 2)
+        turns = ((self._plain, self.walls, plain), (self._profiling, self.profiled, runs))
+        for session, times, count in turns:
             if session is None:
                 continue
-            for index in range(-_WARM, runs):
+            for index in range(-_WARM, count):
                 started = time.perf_counter()
                 session.run(self._names, self._feed)
                 if index >= 0:
@@ -242,14 +244,15 @@ _IR_DTYPES = {
 
 def _kernels(trace: Path, optimized: Path) -> tuple[KernelTime, ...]:
     """The kernels of a trace in the order in which they ran."""
-    durations: dict[str, list[float]] = {}
-    shapes: dict[str, dict[str, Any]] = {}
+    # several nodes may have one name: they run in the order of the graph
+    durations: dict[tuple[str, str], list[float]] = {}
+    shapes: dict[tuple[str, str], dict[str, Any]] = {}
     for event in json.loads(trace.read_text(encoding="utf-8")):
         name = str(event.get("name", ""))
         if event.get("cat") == "Node" and name.endswith("_kernel_time"):
-            name = name.removesuffix("_kernel_time")
-            durations.setdefault(name, []).append(event["dur"] / 1e3)
-            shapes[name] = event["args"]
+            key = name.removesuffix("_kernel_time"), str(event["args"].get("node_index", ""))
+            durations.setdefault(key, []).append(event["dur"] / 1e3)
+            shapes[key] = event["args"]
     graph = ir.load(optimized).graph
     operands: dict[str, Operand] = {}
     for value in graph.initializers.values():
@@ -262,14 +265,17 @@ def _kernels(trace: Path, optimized: Path) -> tuple[KernelTime, ...]:
                 tuple(d if isinstance(d, int) else 1 for d in value.shape.dims),
                 _dtype_name(value.dtype),
             )
-    by_name = {node.name: node for node in graph}
+    by_name: dict[tuple[str, str], list[ir.Node]] = {}
+    for node in graph:
+        by_name.setdefault((node.name or "", node.op_type), []).append(node)
     # the saved graph has no shapes between its nodes: those that were seen are put in
     found = []
-    for name, times in durations.items():
-        node = by_name.get(name)
-        if node is None:  # of a subgraph: part of the node that holds it
+    for key, times in durations.items():
+        waiting = by_name.get((key[0], str(shapes[key].get("op_name", ""))))
+        if not waiting:  # of a subgraph: part of the node that holds it
             continue
-        outputs = _outputs(node, shapes[name])
+        node = waiting.pop(0)
+        outputs = _outputs(shapes[key])
         for value, operand in zip((v for v in node.outputs if v.name), outputs, strict=False):
             operands[value.name or ""] = operand
             value.shape = ir.Shape(operand.shape)
@@ -287,7 +293,7 @@ def _kernels(trace: Path, optimized: Path) -> tuple[KernelTime, ...]:
     return tuple(found)
 
 
-def _outputs(node: ir.Node, arguments: Mapping[str, Any]) -> tuple[Operand, ...]:
+def _outputs(arguments: Mapping[str, Any]) -> tuple[Operand, ...]:
     found = []
     for item in arguments.get("output_type_shape", ()):
         for dtype, shape in item.items():
@@ -329,7 +335,7 @@ class Bench:
         self,
         threads: Sequence[int] = (1,),
         *,
-        rounds: int = 4,
+        rounds: int = 3,
         runs: int = 2,
         reference: ir.Model | None = None,
     ) -> None:

@@ -151,7 +151,7 @@ def fit_correction(
     if variance < 1e-5:
         return None
     return _solve(
-        [names[i] for i in moving],
+        [names[int(i)] for i in moving],
         rows,
         residual,
         noise**2 + extra,
@@ -178,7 +178,8 @@ def _solve(
     precision = 1.0 / noise
     square = cross.T @ (cross * precision[:, None]) + inner / variance
     square[np.diag_indices(len(square))] += 1e-6 * np.trace(square) / len(square)
-    weights: Array = np.linalg.solve(square, cross.T @ (precision * residual))
+    moment = cross.T @ (precision * residual)
+    weights = np.asarray(np.linalg.solve(square, moment), np.float64)
     return Correction(tuple(names), scales, centres, weights)
 
 

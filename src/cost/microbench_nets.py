@@ -19,7 +19,7 @@ from . import microbench_images as images
 from . import microbench_tokens as tokens
 from .microbench_builder import NetBuilder, shape_of
 
-MAX_MACS = 600e6
+MAX_MACS = 450e6
 MIN_MACS = 40e6
 REFERENCE = 0
 """The network that tells how fast the machine is."""
@@ -97,7 +97,7 @@ def _image_net(kind: str) -> Callable[[NetBuilder], list[ir.Value]]:
         cost = 0
         for _ in range(MAX_BLOCKS):
             stride = 1
-            if (b.random.random() < 0.4 or cost > budget / 4) and shape_of(x)[2] > 6:
+            if (b.random.random() < 0.3 or cost > budget / 3) and shape_of(x)[2] > 12:
                 stride = 2
                 channels = min(2048, max(8, round(channels * growth / 8) * 8))
             if b.random.random() < 0.25:
@@ -351,8 +351,9 @@ FAMILIES: dict[str, Callable[[NetBuilder], list[ir.Value]]] = {
     "assorted": _assorted,
 }
 _ORDER = (
-    "residual", "mobile", "attention", "late", "grouped", "windows", "early", "concatenated",
+    "residual", "mobile", "attention", "grouped", "late", "windows", "early", "concatenated",
     "pyramid", "mobile", "assorted", "gated", "attention", "late", "normalized", "channels",
     "residual", "convmixer", "early", "decoder", "grouped", "hybrid", "attention",
-    "dense-prediction", "late", "mixer", "mobile", "sequence", "concatenated", "pyramid", "early", "volumes",
+    "dense-prediction", "late", "mixer", "mobile", "sequence", "concatenated", "pyramid", "early",
+    "volumes",
 )  # fmt: skip
