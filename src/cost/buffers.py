@@ -11,6 +11,23 @@ import heapq
 from collections.abc import Hashable, Iterable, Sequence
 
 
+@dataclasses.dataclass(frozen=True)
+class ActivationMemory:
+    """What activations take, in bytes.
+
+    `peak_bytes`: what the runtime holds, by its own plan. `live_bytes`: the most that is needed at
+    once, which no plan can do with less than. Both are None when a size is not known, and `reason`
+    then names the value. `alive`: what is needed while each node of the main graph runs, in
+    graph order (what is known of it); `peak_node` is the position of the most (-1: no nodes).
+    """
+
+    peak_bytes: int | None
+    live_bytes: int | None
+    alive: tuple[int, ...]
+    peak_node: int = -1
+    reason: str = ""
+
+
 @dataclasses.dataclass(slots=True, eq=False)
 class Buffer:
     """Memory from tick `start` to tick `until`, both included.

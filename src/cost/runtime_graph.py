@@ -93,17 +93,18 @@ class RuntimeGraph:
     while operators other than the present one are removed or inserted (iterate over a copy).
     """
 
-    def __init__(self, model: ir.Model, dims: Mapping[str, int] | None = None) -> None:
+    def __init__(self, model: ir.Model | ir.Graph, dims: Mapping[str, int] | None = None) -> None:
+        graph = model.graph if isinstance(model, ir.Model) else model
         self.ops: dict[Op, None] = {}
         self._count = 0
         self.tensors: dict[ir.Value, Tensor] = {}
-        folded = folded_values(model.graph)
+        folded = folded_values(graph)
         self.inputs = [
-            self._tensor(v, dims, folded) for v in model.graph.inputs if not v.is_initializer()
+            self._tensor(v, dims, folded) for v in graph.inputs if not v.is_initializer()
         ]
         for tensor in self.inputs:
             tensor.is_input = True
-        for node in model.graph:
+        for node in graph:
             if is_onnx_op(node, "Constant") or (
                 node.outputs and all(v in folded for v in node.outputs)
             ):
@@ -124,7 +125,7 @@ class RuntimeGraph:
                     origin=(node,),
                 )
             )
-        self.outputs = [self._tensor(v, dims, folded) for v in model.graph.outputs]
+        self.outputs = [self._tensor(v, dims, folded) for v in graph.outputs]
         for tensor in self.outputs:
             tensor.is_output = True
 
