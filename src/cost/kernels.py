@@ -9,7 +9,9 @@ no integer kernel swallows is one. Not here: the rewrites (`ort_float`, `ort_int
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping
 
 import onnx_ir as ir
 
@@ -33,11 +35,33 @@ def runtime_graph(
     plan: QuantPlan | None = None,
     dims: Mapping[str, int] | None = None,
 ) -> RuntimeGraph:
-    """What the target's runtime makes of a model: its operators after its own optimizations."""
+    """What the target's runtime makes of a model: its operators after its own optimizations.
+
+    The order is the runtime's: what holds for any operator, then quantized operators, then the
+    fusions and layouts of floats. For TVM the graph is as it was given.
+    """
     graph = RuntimeGraph(model, dims)
+    if target.runtime is Runtime.TVM:
+        return graph
     ort_float.simplify(graph, target)
+    integers = integer_rewrites()
+    if integers is not None and is_quantized(model, plan):
+        integers(graph, target, plan)
     ort_float.fuse(graph, target)
     return graph
+
+
+def is_quantized(model: ir.Model, plan: QuantPlan | None) -> bool:
+    """Whether there are pairs in the graph, or a plan to put some there."""
+    return plan is not None or any(is_dequantize(node) for node in model.graph)
+
+
+def integer_rewrites() -> Callable[[RuntimeGraph, Target, QuantPlan | None], None] | None:
+    """`ort_integer.simulate`, or None where quantized graphs are grouped by nodes instead."""
+    if importlib.util.find_spec(f"{__package__}.ort_integer") is None:
+        return None
+    module = importlib.import_module(f"{__package__}.ort_integer")
+    return getattr(module, "simulate", None)
 
 
 def kernels(
@@ -54,8 +78,8 @@ def kernels(
     A node with subgraphs or a called function is one kernel with the cost of its body. `costs`
     spares computing them again.
     """
-    quantized = plan is not None or any(is_dequantize(node) for node in model.graph)
-    if target.runtime is Runtime.TVM or quantized:
+    by_nodes = integer_rewrites() is None and is_quantized(model, plan)
+    if target.runtime is Runtime.TVM or by_nodes:
         storage = storage or storage_for(model, target, plan, dims)
         return grouped_kernels(model, target, plan, dims, storage=storage, costs=costs)
 

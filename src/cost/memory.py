@@ -12,11 +12,11 @@ from collections.abc import Mapping
 import onnx_ir as ir
 
 from ..ir.graph import describe_value, is_onnx_op, node_subgraphs
-from ..ir.quant import QuantPlan, is_dequantize
+from ..ir.quant import QuantPlan
 from ..targets.target import Runtime, Target
 from .buffers import ActivationMemory, Buffer, alive_bytes, planned_bytes
 from .kernel import op_facts
-from .kernels import runtime_graph
+from .kernels import integer_rewrites, is_quantized, runtime_graph
 from .node_memory import node_activation_memory
 from .runtime_graph import Op, RuntimeGraph, Tensor
 from .storage import Storage, storage_for
@@ -65,9 +65,9 @@ def activation_memory(
     - constants, and what is computed from constants alone, are weights and not counted;
     - a node with a subgraph or a called function adds the peak of its body.
     """
-    quantized = plan is not None or any(is_dequantize(node) for node in model.graph)
-    quantized = quantized or (storage is not None and not storage.is_plain)
-    if quantized or (target is not None and target.runtime is Runtime.TVM):
+    quantized = is_quantized(model, plan) or (storage is not None and not storage.is_plain)
+    by_nodes = quantized and (graph is None or integer_rewrites() is None)
+    if by_nodes or (target is not None and target.runtime is Runtime.TVM):
         storage = storage or storage_for(model, target, plan, dims)
         planned = target is None or target.runtime is not Runtime.TVM
         return node_activation_memory(model, storage, planned=planned)
