@@ -292,6 +292,8 @@ class _Forming:
             if _is_dq(pair):
                 _drop(self.graph, pair)
         self.graph.renew(op)
+        if op.type == "MaxPool":  # its layout is `ort_nhwc`'s to change
+            op.type, op.domain = "NhwcMaxPool", CONTRIB
 
     def _conv(self, op: Op) -> None:
         data, weight, after = self._before(op, 0), self._before(op, 1), self._behind(op)
@@ -384,6 +386,8 @@ class _Forming:
             self.graph.set_output(op, op.outputs.index(tensor), result)
         _drop(self.graph, pair)
         self.graph.renew(op)
+        if op.type == "MaxPool":  # its layout is `ort_nhwc`'s to change
+            op.type, op.domain = "NhwcMaxPool", CONTRIB
 
 
 def _numbers(pair: Op) -> list[Tensor | None]:

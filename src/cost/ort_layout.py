@@ -7,8 +7,6 @@ behind it, which then move until they meet and cancel. Not here: forming integer
 
 from __future__ import annotations
 
-import onnx_ir as ir
-
 from .ort_transpose import push_transposes
 from .runtime_graph import CONTRIB, Op, RuntimeGraph, Tensor
 
