@@ -145,6 +145,8 @@ _PRODUCTS: Mapping[str, tuple[int, int]] = MappingProxyType(
     }
 )
 _INTEGER = ("int8", "uint8")
+_CACHES = {"beyond_1mb": float(1 << 20), "beyond_8mb": float(8 << 20)}
+"""Bytes beyond what a core's own and what a shared cache usually hold."""
 _FUNCTIONS = ("Sigmoid", "Tanh", "Gelu", "QuickGelu", "FastGelu")
 """Activations that cost a convolution time when merged into it."""
 
@@ -180,11 +182,13 @@ def _amounts(
     present: Sequence[Operand], outputs: Sequence[Operand], weights: float, **more: float
 ) -> dict[str, float]:
     read = sum(operand.nbytes for operand in present)
+    written = sum(operand.nbytes for operand in outputs)
     return {
         "launch": 1.0,
         "read": max(0.0, read - weights),
         "weights": weights,
-        "written": sum(operand.nbytes for operand in outputs),
+        "written": written,
+        **{name: max(0.0, read + written - size) for name, size in _CACHES.items()},
         **more,
     }
 
@@ -250,7 +254,7 @@ def _convolution(
     by_table = str(attributes.get("activation", "")) in _FUNCTIONS
     return Features(
         f"convolution/{kind}",
-        f"{op_type}@nchwc" if domain.endswith("nchwc") else op_type,
+        _convolution_type(op_type, domain, len(weight.shape) - 2),
         "int8" if data.dtype in _INTEGER else data.dtype,
         MappingProxyType(
             _amounts(
@@ -278,6 +282,13 @@ def _convolution(
             }
         ),
     )
+
+
+def _convolution_type(op_type: str, domain: str, rank: int) -> str:
+    """The operator, told apart by layout and by three axes, for which runtimes have other code."""
+    if domain.endswith("nchwc"):
+        return f"{op_type}@nchwc"
+    return f"{op_type}@3d" if rank > 2 else op_type
 
 
 def _squareness(extents: Sequence[int]) -> float:
@@ -383,6 +394,7 @@ def _other(
                 macs=macs,
                 padded_macs=macs,
                 elements=elements,
+                pieces=elements / max(1, run) * (1.0 - coordinates.get("single", 0.0)),
                 **more,
             )
         ),
@@ -417,9 +429,8 @@ def _inner_and_run(
     if family == "movement/copy":
         return inner, _piece(first, result)
     if family == "reduction":  # what is kept behind the last reduced axis, and what is reduced
-        return _kept_behind(first.shape, result.shape), max(
-            1, first.elements // max(1, result.elements)
-        )
+        behind = _kept_behind(first.shape, result.shape)
+        return behind, max(1, first.elements // max(1, result.elements)) if behind == 1 else 1
     if family == "softmax" and isinstance(axis, int) and first.shape:
         return first.shape[axis], math.prod(first.shape[axis % len(first.shape) + 1 :])
     if family == "gather" and isinstance(axis, int) and first.shape:
