@@ -204,10 +204,8 @@ def _by_class(rows: Sequence[_Row]) -> dict[str, list[_Row]]:
 
 
 def _fit(rows: Sequence[_Row]) -> ClassModel:
-    common = set.intersection(*(set(row.features.coordinates) for row in rows))
-    same = len(common) == len(rows[0].features.coordinates)
     ms = np.array([row.ms for row in rows])
-    return fit_class([row.features for row in rows], ms, correct=same)
+    return fit_class([row.features for row in rows], ms)
 
 
 def kernel_times(setting: Setting, found: Sequence[Features]) -> Array:

@@ -98,17 +98,16 @@ def base_of(terms: dict[str, float], found: Sequence[Features]) -> Array:
     return base
 
 
-def fit_class(
-    found: Sequence[Features], ms: Array, *, correct: bool = True, points: int = MAX_POINTS
-) -> ClassModel:
+def fit_class(found: Sequence[Features], ms: Array, *, points: int = MAX_POINTS) -> ClassModel:
     """The model of kernels of one class from their times in milliseconds, [n]."""
     terms = fit_base(found, ms)
-    coordinates = sorted(found[0].coordinates)
+    # families that share a root may have coordinates of their own: those in common are used
+    coordinates = sorted(set.intersection(*(set(f.coordinates) for f in found)))
     rows = np.array([[f.coordinates[name] for name in coordinates] for f in found])
     low = {name: float(rows[:, i].min()) for i, name in enumerate(coordinates)}
     high = {name: float(rows[:, i].max()) for i, name in enumerate(coordinates)}
     model = ClassModel(terms=terms, low=low, high=high, samples=len(found))
-    if not correct or len(found) < MIN_FOR_CORRECTION:
+    if len(found) < MIN_FOR_CORRECTION:
         return model
     residual = np.log(ms / base_of(terms, found))
     correction = fit_correction(coordinates, rows, residual, relative_noise(ms), points)

@@ -137,7 +137,7 @@ def _late(b: NetBuilder) -> list[ir.Value]:
 def _early(b: NetBuilder) -> list[ir.Value]:
     """The first stages alone: few channels, many pixels."""
     act = b.random.choice(images.ACTIVATIONS)
-    channels = _channels(b, 8, 64)
+    channels = _channels(b, 12, 96)
     side = b.random.choice((56, 64, 80, 96, 112, 128, 144, 160))
     x = b.input((1, channels, side, side))
     budget = _budget(b)
@@ -145,7 +145,7 @@ def _early(b: NetBuilder) -> list[ir.Value]:
     for _ in range(MAX_BLOCKS):
         stride = 2 if b.random.random() < 0.2 else 1
         if b.random.random() < 0.3:
-            channels = _channels(b, 8, 128)
+            channels = _channels(b, 12, 128)
         x = b.random.choice(kinds)(b, x, channels, stride, act)
         if b.macs > budget or shape_of(x)[2] < 20:
             break
