@@ -3,7 +3,8 @@
 Here: `simulate`. Behind pairs that are on all its data an operator is replaced by its integer
 form; operators that only move elements take integers through. The rules were found by holding
 graphs that sessions saved beside ours; no weight is read. Not here: what it makes of floats
-(`ort_float`), a plan that is not written yet (`planned_pairs`), channels last (`ort_nhwc`).
+(`ort_float`), a plan that is not written yet (`planned_pairs`), channels last
+(`ort_channels_last`).
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@ varied.
 
 from __future__ import annotations
 
+import onnx_ir as ir
+
 from ..targets.target import Target
 from .runtime_graph import CONTRIB, NCHWC, Op, RuntimeGraph, Tensor
 
@@ -131,6 +133,8 @@ class _Blocking:
     def pool(self, op: Op) -> None:
         source = op.inputs[0]
         if source is None or source.shape is None or len(source.shape) != 4:
+            return
+        if source.dtype != ir.DataType.FLOAT:  # 8-bit: channels last
             return
         if source.shape[1] % self.block or len(op.outputs) > 1 or op.outputs[0].shape is None:
             return

@@ -36,6 +36,18 @@ _AXES_OPS = frozenset(
 )
 _MORE = frozenset({"Gather", "Slice", "Pad"})
 _NOT_MOVED = frozenset({"Dropout", "CastLike", "Einsum"})
+_INTEGER_DATA = {
+    "QLinearAdd": slice(0, 6, 3),
+    "QLinearMul": slice(0, 6, 3),
+    "QLinearConcat": slice(2, None, 3),
+    "QLinearLeakyRelu": slice(0, 1),
+    "QLinearSigmoid": slice(0, 1),
+    "QuantizeLinear": slice(0, 1),
+    "DequantizeLinear": slice(0, 1),
+}
+"""Which inputs of an integer operator are data; the others are scales and zero points."""
+_POOLS = frozenset({"QLinearAveragePool", "QLinearGlobalAveragePool"})
+"""These can read channels last themselves."""
 
 
 def push_transposes(graph: RuntimeGraph) -> None:
@@ -99,9 +111,11 @@ def _leading_to_transposes(graph: RuntimeGraph) -> set[Tensor]:
 
 
 def _is_handled(op: Op) -> bool:
-    if op.domain or op.type in _NOT_MOVED or not op.outputs:
+    if op.type in _NOT_MOVED or not op.outputs or any(t.shape is None for t in op.outputs):
         return False
-    if any(t.shape is None for t in op.outputs):
+    if op.type in _INTEGER_DATA or op.type in _POOLS:
+        return True
+    if op.domain:
         return False
     if op.type in _AXIS_OPS or op.type in _AXES_OPS or op.type in _MORE:
         return True
@@ -111,6 +125,8 @@ def _is_handled(op: Op) -> bool:
 
 def _movable(op: Op) -> Sequence[int]:
     """The inputs that are tensors of data, not axes or indices."""
+    if op.type in _INTEGER_DATA:
+        return range(len(op.inputs))[_INTEGER_DATA[op.type]]
     if op.type == "Concat" or (op.type not in _AXIS_OPS | _AXES_OPS | _MORE and op.type != "Clip"):
         return [i for i, t in enumerate(op.inputs) if t is not None]
     return [0]
@@ -168,7 +184,10 @@ def _push(graph: RuntimeGraph, transpose: Op, op: Op, perm: Perm) -> bool:
 def _after(op: Op, perm: Perm) -> tuple[Perm, dict[str, int]] | None:
     """The permutation of the results, and the attributes that change; None if it can't be said."""
     rank = len(perm)
-    if op.type in _AXIS_OPS:
+    if op.type in _POOLS:
+        last = perm == (0, rank - 1, *range(1, rank - 1)) and not op.attribute("channels_last", 0)
+        return (perm, {"channels_last": 1}) if last else None
+    if op.type in _AXIS_OPS or op.type == "QLinearConcat":
         axis = int(op.attribute("axis", -1 if "max" in op.type.lower() else 0)) % rank
         changed = {"axis": perm[axis]}
         if op.type in ("ArgMax", "ArgMin") and not op.attribute("keepdims", 1):

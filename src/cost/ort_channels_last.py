@@ -1,0 +1,56 @@
+"""Channels last: how ONNX Runtime lays out its integer convolutions and poolings.
+
+Here: `channels_last`, the last of its rewrites. Each such operator gets a Transpose before and
+behind it, which then move until they meet and cancel. Not here: forming integer operators
+(`ort_integer`), blocked channels of floats (`ort_nchwc`).
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from .ort_transpose import push_transposes
+from .runtime_graph import CONTRIB, Op, RuntimeGraph, Tensor
+
+_BITS = (ir.DataType.INT8, ir.DataType.UINT8)
+
+
+def channels_last(graph: RuntimeGraph) -> None:
+    """Let QLinearConv and 8-bit MaxPool read and write channels last; comes after `ort_float`."""
+    chosen = [op for op in graph if _prefers_last(op)]
+    for op in chosen:
+        _wrap(graph, op)
+    if chosen:
+        push_transposes(graph)
+
+
+def _prefers_last(op: Op) -> bool:
+    source = op.inputs[0] if op.inputs else None
+    if source is None or source.shape is None or len(source.shape) < 3 or op.domain:
+        return False
+    if op.type == "QLinearConv":
+        return True
+    return op.type == "MaxPool" and source.dtype in _BITS and len(op.outputs) == 1
+
+
+def _wrap(graph: RuntimeGraph, op: Op) -> None:
+    source, result = op.inputs[0], op.outputs[0]
+    assert source is not None
+    assert source.shape is not None
+    rank = len(source.shape)
+    last = [0, *range(2, rank), 1]
+    first = [0, rank - 1, *range(1, rank - 1)]
+    if result.shape is None:
+        return
+    before = Tensor(f"{source.name}_nhwc", tuple(source.shape[i] for i in last), source.dtype)
+    behind = Tensor(f"{result.name}_nhwc", tuple(result.shape[i] for i in last), result.dtype)
+    graph.add(Op("Transpose", "", [source], [before], {"perm": last}))
+    graph.set_input(op, 0, before)
+    graph.set_output(op, 0, behind)
+    op.domain = CONTRIB
+    if op.type == "MaxPool":
+        op.type = "NhwcMaxPool"
+    else:
+        op.attributes = {**op.attributes, "channels_last": 1}
+    graph.renew(op)
+    graph.add(Op("Transpose", "", [behind], [result], {"perm": first}))
