@@ -9,16 +9,14 @@ no integer kernel swallows is one. Not here: the rewrites (`ort_float`, `ort_int
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import onnx_ir as ir
 
 from ..ir.ops import NodeCost, node_cost
 from ..ir.quant import QuantPlan, is_dequantize
 from ..targets.target import Runtime, Target
-from . import ort_float
+from . import ort_float, ort_integer
 from .grouping import grouped_kernels
 from .kernel import DEPTHWISE, Kernel, kernel_of, op_facts
 from .runtime_graph import Op, RuntimeGraph
@@ -44,9 +42,7 @@ def runtime_graph(
     if target.runtime is Runtime.TVM:
         return graph
     ort_float.simplify(graph, target)
-    integers = integer_rewrites()
-    if integers is not None and is_quantized(model, plan):
-        integers(graph, target, plan)
+    ort_integer.simulate(graph, target)
     ort_float.fuse(graph, target)
     return graph
 
@@ -54,14 +50,6 @@ def runtime_graph(
 def is_quantized(model: ir.Model, plan: QuantPlan | None) -> bool:
     """Whether there are pairs in the graph, or a plan to put some there."""
     return plan is not None or any(is_dequantize(node) for node in model.graph)
-
-
-def integer_rewrites() -> Callable[[RuntimeGraph, Target, QuantPlan | None], None] | None:
-    """`ort_integer.simulate`, or None where quantized graphs are grouped by nodes instead."""
-    if importlib.util.find_spec(f"{__package__}.ort_integer") is None:
-        return None
-    module = importlib.import_module(f"{__package__}.ort_integer")
-    return getattr(module, "simulate", None)
 
 
 def kernels(
@@ -78,8 +66,7 @@ def kernels(
     A node with subgraphs or a called function is one kernel with the cost of its body. `costs`
     spares computing them again.
     """
-    by_nodes = integer_rewrites() is None and is_quantized(model, plan)
-    if target.runtime is Runtime.TVM or by_nodes:
+    if target.runtime is Runtime.TVM or is_quantized(model, plan):
         storage = storage or storage_for(model, target, plan, dims)
         return grouped_kernels(model, target, plan, dims, storage=storage, costs=costs)
 

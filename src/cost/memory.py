@@ -16,7 +16,7 @@ from ..ir.quant import QuantPlan
 from ..targets.target import Runtime, Target
 from .buffers import ActivationMemory, Buffer, alive_bytes, planned_bytes
 from .kernel import op_facts
-from .kernels import integer_rewrites, is_quantized, runtime_graph
+from .kernels import is_quantized, runtime_graph
 from .node_memory import node_activation_memory
 from .runtime_graph import Op, RuntimeGraph, Tensor
 from .storage import Storage, storage_for
@@ -66,8 +66,7 @@ def activation_memory(
     - a node with a subgraph or a called function adds the peak of its body.
     """
     quantized = is_quantized(model, plan) or (storage is not None and not storage.is_plain)
-    by_nodes = quantized and (graph is None or integer_rewrites() is None)
-    if by_nodes or (target is not None and target.runtime is Runtime.TVM):
+    if quantized or (target is not None and target.runtime is Runtime.TVM):
         storage = storage or storage_for(model, target, plan, dims)
         planned = target is None or target.runtime is not Runtime.TVM
         return node_activation_memory(model, storage, planned=planned)

@@ -42,10 +42,11 @@ def _add_bias(graph: RuntimeGraph, op: Op) -> None:
         return
     if len(right.shape) != 2 or len(left.shape) < 2 or result.shape is None:
         return
-    if len(left.shape) > 2 and not right.constant:
-        return
-    columns = right.shape[1]
-    if bias.shape not in ((columns,), (1, columns), (math.prod(result.shape[:-1]), columns)):
+    columns, first = right.shape[1], left.shape[0]
+    fitting: set[tuple[int, ...]] = {(columns,)}
+    if len(left.shape) == 2:
+        fitting |= {(1, columns), (first, columns), (first, 1)}
+    if bias.shape not in fitting or left.constant:
         return
     if left.dtype not in _GEMM_TYPES:
         return
@@ -69,7 +70,7 @@ def _add_bias(graph: RuntimeGraph, op: Op) -> None:
 def _split(graph: RuntimeGraph, op: Op) -> None:
     """Gathers that take each slice of an axis in turn: one Split, and views."""
     data = op.inputs[0]
-    if data is None or data.shape is None or data.constant or data.producer is None:
+    if data is None or data.shape is None or data.constant:
         return
     axis = int(op.attribute("axis", 0)) % len(data.shape)
     parts = [u for u in data.users if u.is_onnx("Gather") and u.inputs[0] is data]
