@@ -113,7 +113,9 @@ def chain(b: NetBuilder, x: ir.Value, channels: int, stride: int, act: str) -> i
 def bottleneck(b: NetBuilder, x: ir.Value, channels: int, stride: int, act: str) -> ir.Value:
     """1x1, 3x3 (grouped at times), 1x1 and a shortcut."""
     middle = max(8, channels // b.random.choice((2, 4, 4)))
-    groups = _divisor(b, middle, 1, 1, 2, 4, 8, 16, 32)
+    if b.random.random() < 0.5:
+        middle = -(-middle // 32) * 32
+    groups = _divisor(b, middle, 1, 1, 1, 2, 4, 8, 32) if middle > 31 else 1
     dilation = b.random.choice((1, 1, 1, 1, 2)) if stride == 1 else 1
     y = conv_act(b, x, middle, act, 1)
     y = conv_act(b, y, middle, act, 3, stride, groups, dilation)
@@ -125,8 +127,8 @@ def bottleneck(b: NetBuilder, x: ir.Value, channels: int, stride: int, act: str)
 
 def wide_groups(b: NetBuilder, x: ir.Value, channels: int, stride: int, act: str) -> ir.Value:
     """A bottleneck whose grouped convolution is as wide as its result (RegNet, ResNeXt)."""
-    width = b.random.choice((4, 8, 8, 16, 24, 32, 64))
-    channels = max(width, channels // width * width)
+    width = b.random.choice((4, 8, 16, 16, 16, 24, 32, 32, 48, 64))
+    channels = max(2 * width, channels // width * width)
     y = conv_act(b, x, channels, act, 1)
     y = conv_act(b, y, channels, act, 3, stride, channels // width)
     if b.random.random() < 0.4:
@@ -232,7 +234,7 @@ def shuffled(b: NetBuilder, x: ir.Value, channels: int, stride: int, act: str) -
 
 def mixed(b: NetBuilder, x: ir.Value, channels: int, stride: int, act: str) -> ir.Value:
     """Depthwise convolutions of several sizes side by side (MixNet)."""
-    middle = max(16, shape_of(x)[1] * b.random.choice((2, 3, 6)) // 8 * 8)
+    middle = max(32, shape_of(x)[1] * b.random.choice((2, 3, 6)) // 16 * 16)
     y = conv_act(b, x, middle, act, 1)
     parts = b.random.choice((2, 3, 4))
     sizes = [middle // parts] * (parts - 1)
@@ -255,7 +257,7 @@ def split_attention(b: NetBuilder, x: ir.Value, channels: int, stride: int, act:
     """Two groups of channels weighted against each other (ResNeSt, selective kernels)."""
     y = conv_act(b, x, channels, "relu", 1)
     n, c, h, w = shape_of(y)
-    groups = _divisor(b, c, 2, 4)
+    groups = _divisor(b, c, 2, 2, 4)
     y = conv_act(b, y, 2 * c, "relu", 3, 1, groups)
     parts = b.reshape(y, n, 2, c, h, w)
     pooled = b.reduce("ReduceMean", b.reduce("ReduceSum", parts, (1,), keep=False), (2, 3))
