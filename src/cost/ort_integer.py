@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import onnx_ir as ir
 
 from ..ir.graph import constant_scalar
+from ..ir.quant import QuantPlan
 from ..targets.target import Target
 from .runtime_graph import CONTRIB, Op, RuntimeGraph, Tensor
 
@@ -25,7 +26,7 @@ _UNARY = ("AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid", "Softmax")
 _BITS = (ir.DataType.INT8, ir.DataType.UINT8)
 
 
-def simulate(graph: RuntimeGraph, target: Target) -> None:
+def simulate(graph: RuntimeGraph, target: Target, plan: QuantPlan | None = None) -> None:
     """Form integer operators as the target's session would.
 
     Comes after `ort_float.simplify` and before `ort_float.fuse`.
@@ -39,8 +40,14 @@ def simulate(graph: RuntimeGraph, target: Target) -> None:
     _part(graph)
     _propagate(graph)
     for op in graph:
+        if op.is_onnx("HardSwish"):
+            _inline_hard_swish(graph, op)
+    for op in graph:
         if op in graph:
             _form(graph, op, signed)
+    for op in graph:
+        if op in graph and op.is_onnx("Sigmoid"):
+            _gate_itself(graph, op)
     graph.sort()
 
 
@@ -60,6 +67,30 @@ def _takes_signed(target: Target) -> bool:
     for scheme in target.quantization:
         options.update(scheme.session_options)
     return options.get("session.qdqisint8allowed", "0") == "1"
+
+
+def _inline_hard_swish(graph: RuntimeGraph, op: Op) -> None:
+    """The runtime has no kernel for it: HardSigmoid, and a product."""
+    source, result = op.inputs[0], op.outputs[0]
+    assert source is not None
+    graph.remove(op)
+    gate = result.like(f"{result.name}_gate")
+    graph.add(Op("HardSigmoid", "", [source], [gate], {"alpha": 1 / 6, "beta": 0.5}, op.origin))
+    graph.add(Op("Mul", "", [source, gate], [result]))
+
+
+def _gate_itself(graph: RuntimeGraph, op: Op) -> None:
+    """x * Sigmoid(x): a QuickGelu."""
+    source, user = op.inputs[0], graph.only_user(op.outputs[0])
+    if source is None or user is None or not user.is_onnx("Mul") or source not in user.inputs:
+        return
+    graph.remove(op)
+    for index in (0, 1):
+        graph.set_input(user, index, source if index == 0 else None)
+    del user.inputs[1:]
+    user.type, user.domain, user.attributes = "QuickGelu", CONTRIB, {"alpha": 1.0}
+    user.origin = op.origin + user.origin
+    graph.renew(user)
 
 
 # --- pairs move and multiply -----------------------------------------------------------------

@@ -170,14 +170,19 @@ def _push(graph: RuntimeGraph, transpose: Op, op: Op, perm: Perm) -> bool:
     if planned is None:
         return False
     after, attributes = planned
+    passed = {transpose: None}
     for index in _movable(op):
         found = op.inputs[index]
-        if found is not None:
-            graph.set_input(op, index, _untransposed(graph, found, perm))
+        if found is None:
+            continue
+        if found.producer is not None and found.producer.is_onnx("Transpose"):
+            passed[found.producer] = None
+        graph.set_input(op, index, _untransposed(graph, found, perm))
     op.attributes = {**op.attributes, **attributes}
     for index, result in enumerate(list(op.outputs)):
         _transpose_result(graph, op, index, result, after, transpose)
-    _drop_unused(graph, transpose)
+    for maker in passed:
+        _drop_unused(graph, maker)
     return True
 
 
