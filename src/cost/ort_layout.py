@@ -34,6 +34,9 @@ def move_channels_last(graph: RuntimeGraph) -> None:
     dressed = _undress(graph)
     push_transposes(graph)
     _dress(graph, dressed)
+    for op in reversed(list(graph)):
+        if op.is_onnx("Transpose") and not any(t.users or t.is_output for t in op.outputs):
+            graph.remove(op)
     graph.sort()
 
 

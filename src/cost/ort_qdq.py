@@ -47,7 +47,6 @@ def _is_dq(op: Op | None) -> bool:
 
 def spread_pairs(graph: RuntimeGraph) -> None:
     """Give every reader a DequantizeLinear of its own, and move pairs past what moves elements."""
-    _drop_saturating(graph)
     _separate(graph)
     for op in graph:
         if op in graph and _is_dq(op) and not _stored(op):
@@ -173,12 +172,30 @@ def _move_up(graph: RuntimeGraph, pair: Op) -> None:
 def form_integer_ops(graph: RuntimeGraph, target: Target) -> None:
     """Fuse the pairs around an operator into it, where the runtime has an integer kernel."""
     signed = any(_INT8_OPTION in scheme.session_options for scheme in target.quantization)
+    _drop_saturating(graph)
     forming = _Forming(graph, signed)
     for op in graph:
         if op in graph:
             forming.visit(op)
     _meet(graph)
+    for op in graph:
+        if op.is_onnx("MaxPool") and op.outputs[0].dtype in _EIGHT_BITS and len(op.outputs) == 1:
+            op.type, op.domain = "NhwcMaxPool", CONTRIB  # its layout is `ort_layout`'s to change
+        elif op.is_onnx("HardSwish"):
+            _inline_hard_swish(graph, op)
     graph.sort()
+
+
+def _inline_hard_swish(graph: RuntimeGraph, op: Op) -> None:
+    """The runtime has no kernel for it, and runs the two operators that ONNX defines it by."""
+    source, result = op.inputs[0], op.outputs[0]
+    if source is None:
+        return
+    gate = result.like(f"{result.name}_gate")
+    graph.add(Op("HardSigmoid", "", [source], [gate], {"alpha": 1 / 6, "beta": 0.5}, op.origin))
+    op.type, op.attributes, op.origin = "Mul", {}, ()
+    graph.set_input(op, 1, gate)
+    graph.renew(op)
 
 
 def _meet(graph: RuntimeGraph) -> None:
@@ -292,8 +309,6 @@ class _Forming:
             if _is_dq(pair):
                 _drop(self.graph, pair)
         self.graph.renew(op)
-        if op.type == "MaxPool":  # its layout is `ort_nhwc`'s to change
-            op.type, op.domain = "NhwcMaxPool", CONTRIB
 
     def _conv(self, op: Op) -> None:
         data, weight, after = self._before(op, 0), self._before(op, 1), self._behind(op)
@@ -386,8 +401,6 @@ class _Forming:
             self.graph.set_output(op, op.outputs.index(tensor), result)
         _drop(self.graph, pair)
         self.graph.renew(op)
-        if op.type == "MaxPool":  # its layout is `ort_nhwc`'s to change
-            op.type, op.domain = "NhwcMaxPool", CONTRIB
 
 
 def _numbers(pair: Op) -> list[Tensor | None]:
