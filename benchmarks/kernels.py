@@ -28,6 +28,7 @@ from edgepass.cost.kernels import kernels
 from edgepass.frontends import load_model
 from edgepass.frontends.opset import to_supported_opset
 from edgepass.ir.random_weights import fill_random_weights
+from edgepass.ir.shapes import infer_shapes
 from edgepass.passes.base import Context
 from edgepass.passes.driver import run_passes
 from edgepass.pipelines import epilogue, parse_recipe
@@ -80,6 +81,7 @@ def prepared(path: Path, target: Target, recipe: str | None) -> ir.Model:
     model = load_model(path, weights_required=False)
     to_supported_opset(model)
     if recipe is None:
+        infer_shapes(model, strict=False)
         return model
     context = Context(target)
     chosen = [*parse_recipe(recipe), *epilogue()]

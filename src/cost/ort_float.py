@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from ..ir.graph import constant_scalar
 from ..targets.target import Target
+from .ort_fusions import fuse_pairs, tidy
 from .ort_nchwc import block_channels
 from .ort_transpose import push_transposes
 from .runtime_graph import CONTRIB, Op, RuntimeGraph, Tensor
@@ -19,6 +20,7 @@ from .runtime_graph import CONTRIB, Op, RuntimeGraph, Tensor
 
 def simplify(graph: RuntimeGraph, target: Target) -> None:
     """The rewrites that come before quantized operators are formed."""
+    tidy(graph)
     push_transposes(graph)
     for op in graph:
         if op not in graph:
@@ -100,6 +102,7 @@ _GEMM_TYPES = (ir.DataType.FLOAT, ir.DataType.DOUBLE)
 
 def fuse(graph: RuntimeGraph, target: Target) -> None:
     """The rewrites that come after quantized operators were formed."""
+    fuse_pairs(graph)
     for op in graph:
         if op in graph and op.is_onnx("Conv", "Gemm"):
             _fuse_activation(graph, op, target)

@@ -121,6 +121,8 @@ class _Blocking:
             blocks_input = False
         elif in_channels % 4:
             return
+        if len(op.inputs) > 2 and op.inputs[2] is not None and not op.inputs[2].constant:
+            return
         if len(op.inputs) > 3 and op.inputs[3] not in self.blocked:
             return
         op.domain, op.type = NCHWC, "Conv"

@@ -1,0 +1,111 @@
+"""Small fusions of floats that ONNX Runtime makes of what exporters leave behind.
+
+Here: `tidy`, the first of its rewrites: operators spelled out, dead ones dropped, normalizations
+folded into convolutions; and `fuse_pairs`, which comes after quantized operators are formed.
+Not here: Gemms, Transposes, layouts (`ort_float`, `ort_transpose`, `ort_nchwc`).
+"""
+
+from __future__ import annotations
+
+from .runtime_graph import CONTRIB, Op, RuntimeGraph, Tensor
+
+_HARDSWISH = {"alpha": 1 / 6, "beta": 0.5}
+
+
+def tidy(graph: RuntimeGraph) -> None:
+    """Spell out what has no kernel, drop what nobody reads, fold what follows a convolution."""
+    for op in reversed(list(graph)):
+        if not any(t.users or t.is_output for t in op.outputs):
+            graph.remove(op)
+    for op in graph:
+        if op not in graph:
+            continue
+        if op.is_onnx("CastLike"):
+            op.type = "Cast"
+            graph.set_input(op, 1, None)
+            del op.inputs[1:]
+        elif op.is_onnx("HardSwish"):
+            _spell_hardswish(graph, op)
+        elif op.is_onnx("Conv"):
+            _fold_behind(graph, op)
+
+
+def fuse_pairs(graph: RuntimeGraph) -> None:
+    """Two operators of which ONNX Runtime has one: x * Sigmoid(x), a sum and its normalization."""
+    for op in graph:
+        if op not in graph:
+            continue
+        if op.is_onnx("Sigmoid"):
+            _to_quick_gelu(graph, op)
+        elif op.is_onnx("LayerNormalization"):
+            _to_skip_normalization(graph, op)
+
+
+def _spell_hardswish(graph: RuntimeGraph, op: Op) -> None:
+    source, result = op.inputs[0], op.outputs[0]
+    if source is None:
+        return
+    gate = result.like(f"{result.name}_gate")
+    graph.remove(op)
+    graph.add(Op("HardSigmoid", "", [source], [gate], dict(_HARDSWISH)))
+    graph.add(Op("Mul", "", [source, gate], [result], {}, op.origin))
+
+
+def _fold_behind(graph: RuntimeGraph, op: Op) -> None:
+    """A normalization, or a product or sum with a constant a channel, goes into the weights."""
+    while True:
+        result = op.outputs[0]
+        user = graph.only_user(result)
+        if user is None or not all(t is None or t.constant for t in op.inputs[1:]):
+            return
+        others = [t for t in user.inputs if t is not result]
+        if not all(t is not None and t.constant for t in others) or len(user.outputs) > 1:
+            return
+        if not user.is_onnx("BatchNormalization"):
+            if not user.is_onnx("Mul", "Add") or len(others) != 1 or result.shape is None:
+                return
+            channels = result.shape[1]
+            ones = (1,) * (len(result.shape) - 2)
+            shape = others[0].shape if others[0] is not None else None
+            if shape not in ((channels, *ones), (1, channels, *ones)):
+                return
+        bias = op.inputs[2] if len(op.inputs) > 2 else None
+        if bias is None and not user.is_onnx("Mul") and result.shape is not None:
+            made = Tensor(f"{result.name}_bias", (result.shape[1],), result.dtype, True)
+            graph.set_input(op, 2, made)
+        graph.remove(user)
+        graph.set_output(op, 0, user.outputs[0])
+        graph.renew(op)
+        op.origin += user.origin
+
+
+def _to_quick_gelu(graph: RuntimeGraph, op: Op) -> None:
+    source, gate = op.inputs[0], op.outputs[0]
+    user = graph.only_user(gate)
+    if user is None or not user.is_onnx("Mul") or source is None:
+        return
+    if not any(t is source for t in user.inputs):
+        return
+    graph.remove(user)
+    graph.remove(op)
+    origin = op.origin + user.origin
+    graph.add(Op("QuickGelu", CONTRIB, [source], user.outputs, {"alpha": 1.0}, origin))
+
+
+def _to_skip_normalization(graph: RuntimeGraph, op: Op) -> None:
+    """Add of two equal shapes, then LayerNormalization over the last axis."""
+    total = op.inputs[0]
+    add = total.producer if total is not None else None
+    if add is None or total is None or not add.is_onnx("Add") or len(op.outputs) > 1:
+        return
+    if graph.only_user(total) is not op or total.shape is None or len(total.shape) != 3:
+        return
+    if int(op.attribute("axis", -1)) not in (-1, len(total.shape) - 1):
+        return
+    if any(t is None or t.constant or t.shape != total.shape for t in add.inputs):
+        return
+    graph.remove(add)
+    graph.remove(op)
+    inputs = [*add.inputs, *op.inputs[1:]]
+    origin = add.origin + op.origin
+    graph.add(Op("SkipLayerNormalization", CONTRIB, inputs, op.outputs, {}, origin))
