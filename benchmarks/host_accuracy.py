@@ -8,10 +8,10 @@ without its weights; then they are drawn at random, the recipe is applied (int8 
 calibration sample) and the result is timed in ONNX Runtime with the runtime's own defaults.
 Sessions take turns, one that has just become active warms up for `--warm` seconds, and the time is
 the median over rounds of the fastest run of a round. Printed are, for each number of threads and
-recipe: the median absolute error, the share of models within 10 % and 20 %, Spearman's rank correlation and the
-share of truths inside the 80 % intervals; and how often the sign of "int8 is slower than fp32" is
-right where the difference exceeds 10 %. `--truths` keeps what was measured, so that another profile
-can be tried in seconds. The truths depend on the machine being otherwise idle.
+recipe: the median absolute error, the share of models within 10 % and 20 %, Spearman's rank
+correlation and the share of truths inside the 80 % intervals; and how often the sign of "int8 is
+slower than fp32" is right where the difference exceeds 10 %. `--truths` keeps what was measured, so
+that another profile can be tried in seconds. The truths depend on the machine being otherwise idle.
 """
 
 from __future__ import annotations

@@ -19,10 +19,11 @@ from edgepass.cost.calibrate import (
 )
 from edgepass.cost.check import compare_nets
 from edgepass.cost.features import Operand
-from edgepass.cost.microbench import Bench, KernelTime, NetTime, typical
+from edgepass.cost.microbench import Bench, NetTime
 from edgepass.cost.microbench_builder import NetBuilder, shape_of
 from edgepass.cost.microbench_fit import fit_class, non_negative
 from edgepass.cost.microbench_nets import FAMILIES, synthetic_net
+from edgepass.cost.microbench_trace import KernelTime, typical
 from edgepass.cost.profile import Profile, load_profile
 from edgepass.frontends import load_model
 from edgepass.ir.graph import absent_weights
@@ -220,15 +221,19 @@ def test_a_setting_is_fitted_without_the_profilers_own_time() -> None:
 
 def test_drift_is_taken_out_by_the_reference() -> None:
     net = _nets(1)[0]
-    slowed = dataclasses.replace(
-        net,
-        ms=net.ms * 1.5,
-        reference_ms=3.0,
-        kernels=tuple(dataclasses.replace(k, ms=k.ms * 1.5) for k in net.kernels),
-    )
-    found = without_drift([slowed], 2.0)[0]
+
+    def slowed(factor: float) -> NetTime:
+        kernels = tuple(dataclasses.replace(k, ms=k.ms * factor) for k in net.kernels)
+        return dataclasses.replace(
+            net, ms=net.ms * factor, reference_ms=2.0 * factor, kernels=kernels
+        )
+
+    found = without_drift([slowed(1.2)], {1: 2.0})[0]
     assert found.ms == pytest.approx(net.ms)
     assert [k.ms for k in found.kernels] == pytest.approx([k.ms for k in net.kernels])
+    # what was measured in a very slow spell is left out, as long as enough is left
+    assert len(without_drift([slowed(1.0), slowed(1.1), slowed(2.0)], {1: 2.0})) == 2
+    assert len(without_drift([slowed(2.0), slowed(1.1)], {1: 2.0})) == 2
 
 
 # --- the check ---------------------------------------------------------------------------------

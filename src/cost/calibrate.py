@@ -1,8 +1,8 @@
 """A latency profile of this machine: measure random networks, fit every class of kernels, prove it.
 
-Here: `calibrate_host` and `fit_setting`. How nets are timed is `microbench`'s to say, what nets
-there are `microbench_nets`', how a class is fitted `microbench_fit`'s. Not here: fitting whole-model
-timings (`timings`), re-measuring (`check`).
+Here: `calibrate_host` and `fit_setting`. How nets are timed is for `microbench` to say, what nets
+there are for `microbench_nets`, how a class is fitted for `microbench_fit`. Not here: fitting
+whole-model timings (`timings`), re-measuring (`check`).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ..errors import CalibrationError
+from ..errors import CalibrationError, UsageError
 from .features import Features
-from .microbench import Bench, KernelTime, NetTime
+from .microbench import Bench, NetTime
 from .microbench_fit import fit_class, refit_class
 from .microbench_nets import REFERENCE, synthetic_net
 from .profile import ClassModel, HeldOut, Interval, Profile, Setting
@@ -45,6 +45,7 @@ _MIN_OWN, _MIN_FAMILY = 6, 4  # kernels for a class of its own, for a family
 _MAX_ROWS = 2500
 _SUM_OF = 3  # held-out nets of a family that stand for one model: models are larger than nets
 COVERED = 0.8
+_TOO_SLOW = 1.25
 
 
 def calibrate_host(
@@ -63,7 +64,8 @@ def calibrate_host(
     the budget allows.
 
     Raises:
-        CalibrationError: the budget does not suffice for even one batch of networks.
+        UsageError: no thread counts.
+        CalibrationError: nothing could be measured.
     """
     import onnxruntime as ort
 
@@ -73,6 +75,8 @@ def calibrate_host(
     first = next(iter(recipes.values()))
     nets: list[NetTime] = []
     count = 0
+    if not threads or min(threads) < 1:
+        raise UsageError(f"Thread counts must be above zero: {list(threads)}")
     with Bench(threads, reference=first(synthetic_net(REFERENCE).model)[0]) as bench:
         while True:
             spent = time.monotonic() - started
@@ -87,7 +91,7 @@ def calibrate_host(
                     models.append((net.name, recipe, model, options))
             nets += bench.run(models)
             count += BATCH
-        speed = float(np.quantile(bench.reference_ms, 0.3))  # as it usually is
+        speeds = {count: bench.speed(count) for count in threads}
     tell(int(time.monotonic() - started), int(budget_s), "fitting")
     if not nets:
         raise CalibrationError(
@@ -95,7 +99,7 @@ def calibrate_host(
             why="ONNX Runtime refused every network",
             fix="check that `import onnxruntime` works and runs a model",
         )
-    nets = without_drift(nets, speed)
+    nets = without_drift(nets, speeds)
     return Profile(
         name=name,
         device=cpu_name(),
@@ -105,7 +109,7 @@ def calibrate_host(
         settings=tuple(fit_setting(nets, n) for n in sorted(set(threads))),
         runtime_version=str(ort.__version__),
         date=datetime.date.today().isoformat(),
-        host=_host(speed),
+        host=_host(speeds[min(threads)]),
         kernels=_sample(nets),
         notes=(f"{sum(len(net.kernels) for net in nets)} kernels timed",),
     )
@@ -121,11 +125,23 @@ def _host(speed: float) -> dict[str, Any]:
     }
 
 
-def without_drift(nets: Sequence[NetTime], speed: float) -> list[NetTime]:
-    """Times as they would be if the machine had always run its reference in `speed` ms."""
+def without_drift(nets: Sequence[NetTime], speeds: Mapping[int, float]) -> list[NetTime]:
+    """Times as they would be if the machine had always run at its usual speed.
+
+    `speeds`: milliseconds of the reference by number of threads. What was measured while the
+    reference took over `_TOO_SLOW` times as long is left out, unless that is most of it: a kernel
+    bound by memory slows down differently then.
+    """
     found = []
-    for net in nets:
-        factor = speed / net.reference_ms if net.reference_ms > 0 else 1.0
+    ratios = [
+        net.reference_ms / speeds[net.threads] if speeds.get(net.threads) else 1.0 for net in nets
+    ]
+    calm = sum(ratio <= _TOO_SLOW for ratio in ratios) > 0.6 * len(nets)
+    for net, ratio in zip(nets, ratios, strict=True):
+        if ratio > _TOO_SLOW and calm:
+            continue
+        speed = speeds.get(net.threads, 0.0)
+        factor = 1.0 / ratio if ratio > 0 else 1.0
         kernels = tuple(dataclasses.replace(k, ms=k.ms * factor) for k in net.kernels)
         found.append(
             dataclasses.replace(net, ms=net.ms * factor, reference_ms=speed, kernels=kernels)
@@ -324,6 +340,3 @@ def _sample(nets: Sequence[NetTime], count: int = 48) -> list[dict[str, Any]]:
 
 def _silent(done: int, total: int, what: str) -> None:
     """No progress shown."""
-
-
-__all__ = ["KernelTime", "calibrate_host", "fit_setting", "kernel_times", "without_drift"]

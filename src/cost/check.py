@@ -115,7 +115,7 @@ def check_profile(
             if progress is not None:
                 left = max(0, int(end - time.monotonic()))
                 progress(int(budget_s) - left, int(budget_s), f"{done} networks measured")
-        now = float(np.quantile(bench.reference_ms, 0.3))
+        now = bench.speed(count)
     recorded = profile.host.get("reference_ms")
     return compare_nets(profile, nets, count, now / float(recorded) if recorded else None)
 

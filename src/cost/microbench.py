@@ -1,9 +1,8 @@
 """Timing what ONNX Runtime runs on this machine: each kernel in its network, and whole networks.
 
 Here: `Bench`, which times networks in turns so that a busy machine disturbs all alike, and the
-records it makes: kernels as the runtime names them, with shapes and milliseconds. The runtime's own
-profiler gives the kernels' times, the graph that it saves their shapes. Not here: the networks
-(`microbench_nets`), and fitting (`calibrate`).
+records it makes. Not here: the networks (`microbench_nets`), what the profiler wrote
+(`microbench_trace`), and fitting (`calibrate`).
 """
 
 from __future__ import annotations
@@ -11,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import json
-import math
 import os
 import tempfile
 import time
@@ -23,33 +20,13 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ..ir.graph import ONNX_DOMAINS
-from ..ir.ops import node_cost
 from ..targets.onnx_file import write_onnx
-from .features import Features, Operand, features
+from .microbench_trace import KernelTime, read_trace, typical
 
+_USUAL = 0.3
+"""The quantile of the reference's times that is taken for the machine's usual speed."""
 _WARM = 1
 """Runs of a session before those that count, each time it is its turn: they fill the caches."""
-
-
-@dataclasses.dataclass(frozen=True)
-class KernelTime:
-    """A kernel that ran: the runtime's operator, what it read and wrote, and milliseconds."""
-
-    type: str
-    domain: str
-    inputs: tuple[Operand | None, ...]
-    outputs: tuple[Operand, ...]
-    attributes: Mapping[str, Any]
-    ms: float
-    macs: float = 0.0
-
-    @property
-    def features(self) -> Features:
-        """As the cost model sees it."""
-        return features(
-            self.type, self.domain, self.inputs, self.outputs, self.attributes, self.macs
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +103,7 @@ class TimedNet:
         kernels: tuple[KernelTime, ...] = ()
         if self._profiling is not None:
             trace = Path(self._profiling.end_profiling())
-            kernels = _kernels(trace, self._optimized)
+            kernels = read_trace(trace, self._optimized)
             trace.unlink()
         self._plain = self._profiling = None
         return NetTime(
@@ -175,14 +152,6 @@ def _on_first_core() -> Iterator[None]:
         os.sched_setaffinity(0, cores)
 
 
-def typical(times: Sequence[float]) -> float:
-    """The mean of the fastest third: noise only ever adds, and a clock has steps."""
-    if not len(times):
-        return math.nan
-    fastest = sorted(times)[: max(1, len(times) // 3)]
-    return math.fsum(fastest) / len(fastest)
-
-
 def _session(
     path: Path,
     threads: int,
@@ -226,94 +195,6 @@ def random_feed(session: Any, seed: int = 0) -> dict[str, np.ndarray]:
     return feed
 
 
-# --- reading a trace ---------------------------------------------------------------------------
-
-_DTYPES = {"float": "float32", "double": "float64"}
-"""The trace's names of dtypes, where they are not numpy's."""
-_IR_DTYPES = {
-    "float32": ir.DataType.FLOAT,
-    "float16": ir.DataType.FLOAT16,
-    "float64": ir.DataType.DOUBLE,
-    "int8": ir.DataType.INT8,
-    "uint8": ir.DataType.UINT8,
-    "int32": ir.DataType.INT32,
-    "int64": ir.DataType.INT64,
-    "bool": ir.DataType.BOOL,
-}
-
-
-def _kernels(trace: Path, optimized: Path) -> tuple[KernelTime, ...]:
-    """The kernels of a trace in the order in which they ran."""
-    # several nodes may have one name: they run in the order of the graph
-    durations: dict[tuple[str, str], list[float]] = {}
-    shapes: dict[tuple[str, str], dict[str, Any]] = {}
-    for event in json.loads(trace.read_text(encoding="utf-8")):
-        name = str(event.get("name", ""))
-        if event.get("cat") == "Node" and name.endswith("_kernel_time"):
-            key = name.removesuffix("_kernel_time"), str(event["args"].get("node_index", ""))
-            durations.setdefault(key, []).append(event["dur"] / 1e3)
-            shapes[key] = event["args"]
-    graph = ir.load(optimized).graph
-    operands: dict[str, Operand] = {}
-    for value in graph.initializers.values():
-        if value.shape is not None and value.dtype is not None:
-            shape = tuple(value.shape.numpy())
-            operands[value.name or ""] = Operand(shape, _dtype_name(value.dtype), True)
-    for value in graph.inputs:
-        if value.shape is not None and value.dtype is not None and not value.is_initializer():
-            operands[value.name or ""] = Operand(
-                tuple(d if isinstance(d, int) else 1 for d in value.shape.dims),
-                _dtype_name(value.dtype),
-            )
-    by_name: dict[tuple[str, str], list[ir.Node]] = {}
-    for node in graph:
-        by_name.setdefault((node.name or "", node.op_type), []).append(node)
-    # the saved graph has no shapes between its nodes: those that were seen are put in
-    found = []
-    for key, times in durations.items():
-        waiting = by_name.get((key[0], str(shapes[key].get("op_name", ""))))
-        if not waiting:  # of a subgraph: part of the node that holds it
-            continue
-        node = waiting.pop(0)
-        outputs = _outputs(shapes[key])
-        for value, operand in zip((v for v in node.outputs if v.name), outputs, strict=False):
-            operands[value.name or ""] = operand
-            value.shape = ir.Shape(operand.shape)
-            value.type = ir.TensorType(_IR_DTYPES.get(operand.dtype, ir.DataType.FLOAT))
-        inputs = tuple(
-            None if value is None or not value.name else operands.get(value.name)
-            for value in node.inputs
-        )
-        # the first runs warm up
-        ms = typical(times[1:] or times)
-        plain = {k: a.value for k, a in node.attributes.items() if _is_plain(a.value)}
-        domain = "" if node.domain in ONNX_DOMAINS else node.domain
-        macs = float(node_cost(node).macs or 0)
-        found.append(KernelTime(node.op_type, domain, inputs, outputs, plain, ms, macs))
-    return tuple(found)
-
-
-def _outputs(arguments: Mapping[str, Any]) -> tuple[Operand, ...]:
-    found = []
-    for item in arguments.get("output_type_shape", ()):
-        for dtype, shape in item.items():
-            found.append(Operand(tuple(int(d) for d in shape), _DTYPES.get(dtype, dtype)))
-    return tuple(found)
-
-
-def _dtype_name(dtype: ir.DataType) -> str:
-    try:
-        return str(dtype.numpy().name)
-    except TypeError:
-        return dtype.name.lower()
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, int | float | str) or (
-        isinstance(value, list | tuple) and all(isinstance(v, int | float | str) for v in value)
-    )
-
-
 # --- benches -----------------------------------------------------------------------------------
 
 
@@ -342,19 +223,20 @@ class Bench:
         self.threads = tuple(threads)
         self.rounds = rounds
         self.runs = runs
-        self.reference_ms: list[float] = []
+        self.reference_ms: dict[int, list[float]] = {count: [] for count in self.threads}
         self._folder = tempfile.TemporaryDirectory(prefix="edgepass-bench-")
-        self._reference: TimedNet | None = None
+        self._references: dict[int, TimedNet] = {}
         if reference is not None:
             path = self._write("reference", reference)
-            self._reference = TimedNet(path, 1, profile=False)
-            self._reference.warm()
+            for count in self.threads:
+                self._references[count] = TimedNet(path, count, profile=False)
+                self._references[count].warm()
 
     def __enter__(self) -> Bench:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._reference = None
+        self._references.clear()
         self._folder.cleanup()
 
     def _write(self, name: str, model: ir.Model) -> Path:
@@ -362,14 +244,20 @@ class Bench:
         write_onnx(model, path)
         return path
 
-    def reference(self, runs: int = 3) -> float:
+    def reference(self, threads: int, runs: int = 3) -> float:
         """Milliseconds of the reference now; 0 where there is none."""
-        if self._reference is None:
+        timed = self._references.get(threads)
+        if timed is None:
             return 0.0
-        self._reference.walls.clear()
-        self._reference.turn(runs)
-        self.reference_ms.append(typical(self._reference.walls))
-        return self.reference_ms[-1]
+        timed.walls.clear()
+        timed.turn(runs)
+        self.reference_ms[threads].append(typical(timed.walls))
+        return self.reference_ms[threads][-1]
+
+    def speed(self, threads: int) -> float:
+        """Milliseconds that the reference usually takes; 0 where there is none."""
+        times = self.reference_ms[threads]
+        return float(np.quantile(times, _USUAL)) if times else 0.0
 
     def run(
         self,
@@ -398,16 +286,18 @@ class Bench:
                     timed = TimedNet(paths[-1], threads, entries=options, profile=profile)
                     timed.warm()
                     entries.append(_Entry(name, recipe, timed))
-        references = []
-        # networks with one number of threads together: a pool spins on after its last run
-        order = sorted(entries, key=lambda entry: entry.timed.threads)
-        for _ in range(self.rounds):
-            references.append(self.reference())
-            with _on_first_core():
-                for entry in order:
-                    entry.timed.turn(self.runs)
-        now = min(references)
-        results = [entry.timed.result(entry.net, entry.recipe, now) for entry in order]
+        references: dict[int, list[float]] = {count: [] for count in self.threads}
+        with _on_first_core():
+            for _ in range(self.rounds):
+                for count in self.threads:
+                    references[count].append(self.reference(count))
+                    for entry in entries:
+                        if entry.timed.threads == count:
+                            entry.timed.turn(self.runs)
+        results = [
+            entry.timed.result(entry.net, entry.recipe, min(references[entry.timed.threads]))
+            for entry in entries
+        ]
         for path in paths:
             for file in path.parent.glob(f"{path.stem}.*"):
                 file.unlink()
