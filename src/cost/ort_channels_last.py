@@ -22,6 +22,27 @@ def channels_last(graph: RuntimeGraph) -> None:
         _wrap(graph, op)
     if chosen:
         push_transposes(graph)
+        for op in graph:
+            if op.is_onnx("Transpose"):
+                _pair_up(graph, op)
+        graph.sort()
+
+
+def _pair_up(graph: RuntimeGraph, op: Op) -> None:
+    """A Transpose that stopped between a pair and floats gets the other half on its far side."""
+    source, result = op.inputs[0], op.outputs[0]
+    pair = source.producer if source is not None else None
+    if pair is None or source is None or pair.type != "DequantizeLinear":
+        return
+    if any(user.type == "QuantizeLinear" for user in result.users):
+        return
+    floats = source.like(f"{source.name}_moved")
+    floats.shape = result.shape
+    stored = result.like(f"{result.name}_q", pair.inputs[0].dtype if pair.inputs[0] else None)
+    graph.set_output(op, 0, floats)
+    numbers = pair.inputs[1:]
+    graph.add(Op("QuantizeLinear", "", [floats, *numbers], [stored], dict(pair.attributes)))
+    graph.add(Op("DequantizeLinear", "", [stored, *numbers], [result], dict(pair.attributes)))
 
 
 def _prefers_last(op: Op) -> bool:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from ..ir.graph import constant_scalar
 from ..targets.target import Target
-from .ort_fusions import fuse_pairs, tidy
+from .ort_fusions import fuse_pairs, join_slices, tidy
 from .ort_nchwc import block_channels
 from .ort_transpose import push_transposes
 from .runtime_graph import CONTRIB, Op, RuntimeGraph, Tensor
@@ -22,6 +22,7 @@ def simplify(graph: RuntimeGraph, target: Target) -> None:
     """The rewrites that come before quantized operators are formed."""
     tidy(graph)
     push_transposes(graph)
+    join_slices(graph)
     for op in graph:
         if op not in graph:
             continue
@@ -108,6 +109,9 @@ def fuse(graph: RuntimeGraph, target: Target) -> None:
             _fuse_activation(graph, op, target)
         elif op in graph and op.is_onnx("MatMul"):
             _take_transposes(graph, op)
+    for op in graph:
+        if op in graph and op.type in ("MatMul", "FusedMatMul"):
+            _take_scales(graph, op)
     graph.sort()
     if target.hardware.arch == "x86_64":
         block_channels(graph, target)
@@ -139,6 +143,27 @@ def _take_transposes(graph: RuntimeGraph, op: Op) -> None:
     if flags:
         op.type, op.domain = "FusedMatMul", CONTRIB
         op.attributes = {**op.attributes, **flags}
+        graph.renew(op)
+
+
+def _take_scales(graph: RuntimeGraph, op: Op) -> None:
+    """Matrix products multiply by a number themselves."""
+    for index in (0, 1):
+        source = op.inputs[index]
+        maker = source.producer if source is not None else None
+        if maker is None or source is None or not maker.is_onnx("Mul", "Div"):
+            continue
+        data, number = maker.inputs
+        if maker.type == "Mul" and data is not None and data.constant and data.elements == 1:
+            data, number = number, data
+        if data is None or number is None or not number.constant or number.elements != 1:
+            continue
+        if graph.only_user(source) is not op:
+            continue
+        graph.set_input(op, index, data)
+        graph.remove(maker)
+        op.origin = maker.origin + op.origin
+        op.type, op.domain = "FusedMatMul", CONTRIB
         graph.renew(op)
 
 

@@ -34,11 +34,11 @@ def simulate(graph: RuntimeGraph, target: Target, plan: QuantPlan | None = None)
     if not any(is_dequantize(op) for op in graph):
         return
     signed = _takes_signed(target)
+    _part(graph)
+    _propagate(graph)
     for op in graph:
         if op in graph and is_quantize(op):
             _drop_saturating(graph, op)
-    _part(graph)
-    _propagate(graph)
     for op in graph:
         if op.is_onnx("HardSwish"):
             _inline_hard_swish(graph, op)

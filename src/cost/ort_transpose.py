@@ -42,10 +42,12 @@ _INTEGER_DATA = {
     "QLinearConcat": slice(2, None, 3),
     "QLinearLeakyRelu": slice(0, 1),
     "QLinearSigmoid": slice(0, 1),
+    "QLinearSoftmax": slice(0, 1),
+    "QuickGelu": slice(0, 1),
     "QuantizeLinear": slice(0, 1),
     "DequantizeLinear": slice(0, 1),
 }
-"""Which inputs of an integer operator are data; the others are scales and zero points."""
+"""Which inputs of operators beyond the standard are data; others are scales and zero points."""
 _POOLS = frozenset({"QLinearAveragePool", "QLinearGlobalAveragePool"})
 """These can read channels last themselves."""
 
@@ -192,7 +194,7 @@ def _after(op: Op, perm: Perm) -> tuple[Perm, dict[str, int]] | None:
     if op.type in _POOLS:
         last = perm == (0, rank - 1, *range(1, rank - 1)) and not op.attribute("channels_last", 0)
         return (perm, {"channels_last": 1}) if last else None
-    if op.type in _AXIS_OPS or op.type == "QLinearConcat":
+    if op.type in _AXIS_OPS or op.type in ("QLinearConcat", "QLinearSoftmax"):
         axis = int(op.attribute("axis", -1 if "max" in op.type.lower() else 0)) % rank
         changed = {"axis": perm[axis]}
         if op.type in ("ArgMax", "ArgMin") and not op.attribute("keepdims", 1):
