@@ -7,6 +7,8 @@ Not here: Gemms, Transposes, layouts (`ort_float`, `ort_transpose`, `ort_nchwc`)
 
 from __future__ import annotations
 
+from ..ir.graph import constant_scalar, has_subgraphs
+from ..ir.op_table import TABLE
 from .runtime_graph import CONTRIB, Op, RuntimeGraph, Tensor
 
 _HARDSWISH = {"alpha": 1 / 6, "beta": 0.5}
@@ -17,6 +19,7 @@ def tidy(graph: RuntimeGraph) -> None:
     for op in reversed(list(graph)):
         if not any(t.users or t.is_output for t in op.outputs):
             graph.remove(op)
+    _share(graph)
     for op in graph:
         if op not in graph:
             continue
@@ -28,6 +31,76 @@ def tidy(graph: RuntimeGraph) -> None:
             _spell_hardswish(graph, op)
         elif op.is_onnx("Conv"):
             _fold_behind(graph, op)
+
+
+def _share(graph: RuntimeGraph) -> None:
+    """One operator for those that do the same with the same inputs.
+
+    A CastLike is spelled out later than that, and stays.
+    """
+    first: dict[object, Op] = {}
+    for op in graph:
+        row = TABLE.get((op.domain, op.type))
+        if row is None or not row.pure or op.type == "CastLike" or not op.inputs:
+            continue
+        if any(t.is_output for t in op.outputs) or any(has_subgraphs(n) for n in op.origin):
+            continue
+        key = (op.type, op.domain, tuple(op.inputs), len(op.outputs), repr(op.attributes))
+        same = first.setdefault(key, op)
+        if same is not op:
+            for old, new in zip(op.outputs, same.outputs, strict=True):
+                graph.replace_uses(old, new)
+            graph.remove(op)
+
+
+def join_slices(graph: RuntimeGraph) -> None:
+    """Slices that cut all of an axis into pieces, read by nothing else: one Split."""
+    for op in graph:
+        if op in graph and op.is_onnx("Slice") and op.inputs[0] is not None:
+            _join(graph, op.inputs[0])
+
+
+def _join(graph: RuntimeGraph, data: Tensor) -> None:
+    pieces = list(data.users)
+    if len(pieces) < 2 or data.shape is None or data.is_output or data.constant:
+        return
+    found = [_cut(piece, data) for piece in pieces]
+    cuts = sorted(cut for cut in found if cut is not None)
+    if len(cuts) != len(pieces) or len({axis for axis, _, _ in cuts}) != 1:
+        return
+    axis, place = cuts[0][0], 0
+    for _, start, length in cuts:
+        if start != place:
+            return
+        place += length
+    if place != data.shape[axis]:
+        return
+    order = sorted(zip(found, pieces, strict=True), key=lambda pair: pair[0] or (0, 0, 0))
+    outputs = [piece.outputs[0] for _, piece in order]
+    origin = tuple(node for _, piece in order for node in piece.origin)
+    for piece in pieces:
+        graph.remove(piece)
+    graph.add(Op("Split", "", [data], outputs, {"axis": axis}, origin))
+
+
+def _cut(op: Op, data: Tensor) -> tuple[int, int, int] | None:
+    """The axis, start and length of a Slice that leaves all other axes whole."""
+    result = op.outputs[0].shape
+    if not op.is_onnx("Slice") or op.inputs[0] is not data or result is None:
+        return None
+    if data.shape is None or len(op.inputs) < 3 or op.inputs[1] is None:
+        return None
+    cut = [i for i, (a, b) in enumerate(zip(data.shape, result, strict=True)) if a != b]
+    starts = op.inputs[1]
+    start = None if starts.source is None else constant_scalar(starts.source)
+    step = op.inputs[4] if len(op.inputs) > 4 else None
+    if step is not None and (step.source is None or constant_scalar(step.source) != 1):
+        return None
+    if len(cut) != 1 or start is None:
+        return None
+    size = data.shape[cut[0]]
+    first = int(start) if start >= 0 else int(start) + size
+    return cut[0], first, result[cut[0]]
 
 
 def fuse_pairs(graph: RuntimeGraph) -> None:
