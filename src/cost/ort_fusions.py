@@ -11,6 +11,7 @@ from ..ir.graph import constant_scalar, has_subgraphs
 from ..ir.op_table import TABLE
 from .runtime_graph import CONTRIB, Op, RuntimeGraph, Tensor
 
+_UNREAD = -1
 _HARDSWISH = {"alpha": 1 / 6, "beta": 0.5}
 
 
@@ -68,6 +69,13 @@ def _join(graph: RuntimeGraph, data: Tensor) -> None:
     cuts = sorted(cut for cut in found if cut is not None)
     if len(cuts) != len(pieces) or len({axis for axis, _, _ in cuts}) != 1:
         return
+    if all(start == _UNREAD for _, start, _ in cuts):  # computed when the model is loaded
+        place = 0
+        for i, cut in enumerate(found):
+            assert cut is not None
+            found[i] = (cut[0], place, cut[2])
+            place += cut[2]
+        cuts = sorted(cut for cut in found if cut is not None)
     axis, place = cuts[0][0], 0
     for _, start, length in cuts:
         if start != place:
@@ -96,8 +104,10 @@ def _cut(op: Op, data: Tensor) -> tuple[int, int, int] | None:
     step = op.inputs[4] if len(op.inputs) > 4 else None
     if step is not None and (step.source is None or constant_scalar(step.source) != 1):
         return None
-    if len(cut) != 1 or start is None:
+    if len(cut) != 1:
         return None
+    if start is None:
+        return cut[0], _UNREAD, result[cut[0]]
     size = data.shape[cut[0]]
     first = int(start) if start >= 0 else int(start) + size
     return cut[0], first, result[cut[0]]
