@@ -1,0 +1,322 @@
+"""A quantization plan that is not applied yet, written into the mirror as its pass would write it.
+
+Here: `write_plan`. The pairs, integer weights, products and casts that appear are those of the
+passes, by type and shape, so that a plan is priced as the graph it leads to. Not here: choosing a
+plan (`passes.quantize`), what the runtime makes of pairs (`ort_integer`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import onnx_ir as ir
+
+from ..ir.quant import INTEGER_OPS, PerBlock, PerChannel, QuantPlan, QuantSpec, stored_shape
+from .runtime_graph import CONTRIB, Op, RuntimeGraph, Tensor
+from .storage import node_name
+
+_FLOAT = ir.DataType.FLOAT
+_WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+
+
+def write_plan(graph: RuntimeGraph, plan: QuantPlan) -> None:
+    """Rewrite the mirror of a model, not changed by anything yet, as the plan's pass would."""
+    writer = _Writer(graph, plan)
+    specs = list(plan.entries.values())
+    if any(not spec.is_integer for spec in specs):
+        writer.write_halves()
+    else:
+        named = writer.entries
+        if any(not tensor.constant for tensor in named):
+            writer.write_pairs()
+        elif writer.members:
+            writer.write_products()
+        else:
+            writer.write_weights()
+        writer.write_tables()
+    graph.sort()
+
+
+class _Writer:
+    def __init__(self, graph: RuntimeGraph, plan: QuantPlan) -> None:
+        self.graph = graph
+        self.plan = plan
+        self.entries: dict[Tensor, QuantSpec] = {
+            tensor: plan.entries[tensor.name]
+            for tensor in graph.tensors.values()
+            if tensor.name in plan.entries
+        }
+        names = set(plan.nodes)
+        self.members = {op for op in graph if op.origin and node_name(op.origin[0]) in names}
+        self.stored: dict[tuple[Tensor, QuantSpec], list[Tensor | None]] = {}
+        self.cast: dict[Tensor, Tensor] = {}
+
+    # --- pieces ----------------------------------------------------------------------------------
+
+    def _store(self, value: Tensor, spec: QuantSpec) -> list[Tensor | None]:
+        """A constant's integers, scales and zero points."""
+        key = value, spec
+        if key not in self.stored and value.shape is not None:
+            shape = stored_shape(spec, value.shape)
+            if spec.dtype == ir.DataType.INT32:
+                shape = (math.prod(shape),)
+            parameters = spec.parameter_shape(shape)
+            numbers = [
+                _constant(f"{value.name}/integers", shape, spec.dtype),
+                _constant(f"{value.name}/scale", parameters, _FLOAT),
+            ]
+            if spec.zero_points:
+                numbers.append(_constant(f"{value.name}/zero_point", parameters, spec.dtype))
+            self.stored[key] = list(numbers)
+        return self.stored.get(key, [value])
+
+    def _unpack(self, op: Op, index: int, spec: QuantSpec) -> None:
+        """A DequantizeLinear of a stored constant in front of an operator's input."""
+        value = op.inputs[index]
+        assert value is not None
+        numbers = self._store(value, spec)
+        attributes: dict[str, int] = {}
+        match spec.granularity:
+            case PerChannel(axis):
+                attributes["axis"] = axis
+            case PerBlock(size, axis):
+                attributes.update(axis=axis, block_size=size)
+        shape = numbers[0].shape if numbers[0] is not None else value.shape
+        result = Tensor(f"{value.name}/dequantized", shape, value.dtype)
+        self.graph.add(Op("DequantizeLinear", "", numbers, [result], attributes))
+        self.graph.set_input(op, index, result)
+
+    def _insert(
+        self,
+        kind: str,
+        inputs: list[Tensor | None],
+        like: Tensor,
+        dtype: ir.DataType | None = None,
+        origin: tuple[ir.Node, ...] = (),
+        **attributes: int,
+    ) -> Tensor:
+        result = like.like(f"{like.name}/{kind}", dtype)
+        self.graph.add(Op(kind, "", inputs, [result], dict(attributes), origin))
+        return result
+
+    def _instead(self, op: Op, result: Tensor) -> None:
+        """Let the maker of `result` write what an operator wrote, which goes."""
+        final, maker = op.outputs[0], result.producer
+        assert maker is not None
+        self.graph.remove(op)
+        self.graph.set_output(maker, 0, final)
+
+    # --- static int8 -----------------------------------------------------------------------------
+
+    def write_pairs(self) -> None:
+        """x -> Conv(W, b) -> Relu: x -> Q -> DQ -> Conv(DQ(W8), DQ(b32)) -> Q -> DQ."""
+        readers = {op: _data_inputs(op) for op in self.members}
+        absorbed = self._absorbed()
+        for op in [op for op in self.graph if op in self.members]:
+            for index in readers[op]:
+                value = op.inputs[index]
+                spec = self.entries.get(value) if value is not None else None
+                if value is not None and spec is not None and value.constant:
+                    self._unpack(op, index, spec)
+        for value, spec in self.entries.items():
+            if value.constant:
+                continue
+            maker = value.producer
+            everywhere = maker in self.members or value in absorbed
+            users = [
+                (user, i)
+                for user in dict.fromkeys(value.users)
+                for i, tensor in enumerate(user.inputs)
+                if tensor is value and (everywhere or i in readers.get(user, ()))
+            ]
+            if value in absorbed:
+                self._absorb(absorbed[value])
+            self._pair(value, spec, users, everywhere)
+
+    def _absorbed(self) -> dict[Tensor, Op]:
+        """Values that an operator in integers writes once their Relu or Clip is gone."""
+        found = {}
+        for value in self.entries:
+            saturating = value.producer
+            if saturating is None or not saturating.is_onnx("Relu", "Clip"):
+                continue
+            source = saturating.inputs[0]
+            if source is None or source in self.entries or source.producer not in self.members:
+                continue
+            if self.graph.only_user(source) is saturating:
+                found[value] = saturating
+        return found
+
+    def _absorb(self, saturating: Op) -> None:
+        source, value = saturating.inputs[0], saturating.outputs[0]
+        assert source is not None
+        maker = source.producer
+        assert maker is not None
+        place = maker.outputs.index(source)
+        self.graph.remove(saturating)
+        self.graph.set_output(maker, place, value)
+        maker.origin += saturating.origin
+
+    def _pair(
+        self, value: Tensor, spec: QuantSpec, users: Iterable[tuple[Op, int]], everywhere: bool
+    ) -> None:
+        scale = _constant(f"{value.name}/scale", (), _FLOAT)
+        point = _constant(f"{value.name}/zero_point", (), spec.dtype)
+        small = value.like(f"{value.name}/quantized", spec.dtype)
+        result = value.like(f"{value.name}/dequantized")
+        self.graph.add(Op("QuantizeLinear", "", [value, scale, point], [small]))
+        self.graph.add(Op("DequantizeLinear", "", [small, scale, point], [result]))
+        for user, index in users:
+            self.graph.set_input(user, index, result)
+        if everywhere and value.is_output:
+            value.is_output, result.is_output = False, True
+            self.graph.outputs = [result if t is value else t for t in self.graph.outputs]
+
+    # --- dynamic int8 ----------------------------------------------------------------------------
+
+    def write_products(self) -> None:
+        """MatMul: DynamicQuantizeLinear, MatMulInteger, then Cast and Mul by the scales."""
+        quantized: dict[Tensor, list[Tensor]] = {}
+        for op in [op for op in self.graph if op in self.members]:
+            data, weight = op.inputs[0], op.inputs[1]
+            assert data is not None
+            assert weight is not None
+            if data not in quantized:
+                quantized[data] = self._quantize(data, op)
+            integers, scales = self._integers(op, weight)
+            x, scale, point = quantized[data]
+            result = op.outputs[0]
+            product = self._insert(
+                "MatMulInteger", [x, integers, point], result, ir.DataType.INT32, op.origin
+            )
+            product = self._insert("Cast", [product], result, to=int(_FLOAT))
+            both = self._insert("Mul", [scale, scales], scales)
+            value = self._insert("Mul", [product, both], result)
+            if len(op.inputs) > 2 and op.inputs[2] is not None:
+                value = self._insert("Add", [value, op.inputs[2]], result)
+            self._instead(op, value)
+
+    def _quantize(self, data: Tensor, reader: Op) -> list[Tensor]:
+        results = [
+            data.like(f"{data.name}/quantized", ir.DataType.UINT8),
+            Tensor(f"{data.name}/scale", (), _FLOAT),
+            Tensor(f"{data.name}/zero_point", (), ir.DataType.UINT8),
+        ]
+        self.graph.add(Op("DynamicQuantizeLinear", "", [data], list(results)))
+        return results
+
+    def _integers(self, op: Op, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """A weight's integers as [in, out], and its scales."""
+        shape = weight.shape or ()
+        per_channel = isinstance(self.entries[weight].granularity, PerChannel)
+        if op.type == "Gemm" and op.attribute("transB", 0):
+            shape = shape[::-1]
+        key = weight, QuantSpec(ir.DataType.INT8, granularity=PerChannel(int(shape != weight.shape)))
+        if key not in self.stored:
+            self.stored[key] = [
+                _constant(f"{weight.name}/int8", shape, ir.DataType.INT8),
+                _constant(f"{weight.name}/scale", shape[-1:] if per_channel else (), _FLOAT),
+            ]
+        integers, scales = self.stored[key]
+        assert integers is not None
+        assert scales is not None
+        return integers, scales
+
+    # --- weights alone ---------------------------------------------------------------------------
+
+    def write_weights(self) -> None:
+        """Conv(W): Conv(DequantizeLinear(W8)); padded blocks: MatMulNBits."""
+        for op in self.graph:
+            if not op.is_onnx(*_WEIGHTED):
+                continue
+            index = 0 if op.type == "MatMul" and not _is_constant(op, 1) else 1
+            value = op.inputs[index]
+            spec = self.entries.get(value) if value is not None else None
+            if value is None or spec is None:
+                continue
+            if spec.padded:
+                self._to_blocks(op, value, spec)
+            else:
+                self._unpack(op, index, spec)
+
+    def _to_blocks(self, op: Op, weight: Tensor, spec: QuantSpec) -> None:
+        assert weight.shape is not None
+        assert isinstance(spec.granularity, PerBlock)
+        depth, columns = weight.shape
+        size, bits = spec.granularity.size, spec.dtype.bitwidth
+        blocks = -(-depth // size)
+        shape = (columns, blocks, size * bits // 8)
+        self.graph.set_input(op, 1, _constant(f"{weight.name}/int{bits}", shape, ir.DataType.UINT8))
+        self.graph.set_input(op, 2, _constant(f"{weight.name}/scale", (columns * blocks,), _FLOAT))
+        op.type, op.domain = "MatMulNBits", CONTRIB
+        op.attributes = {"K": depth, "N": columns, "bits": bits, "block_size": size}
+
+    # --- what several passes share ---------------------------------------------------------------
+
+    def write_tables(self) -> None:
+        """Gather of a table: Gather of integers, Cast, Mul by the scales of its columns."""
+        for op in self.graph:
+            table = op.inputs[0] if op.is_onnx("Gather") else None
+            spec = self.entries.get(table) if table is not None else None
+            if table is None or spec is None or not table.constant or op in self.members:
+                continue
+            integers, scale = self._store(table, spec)[:2]
+            result = op.outputs[0]
+            rows = result.like(f"{result.name}/rows", spec.dtype)
+            self.graph.set_input(op, 0, integers)
+            self.graph.set_output(op, 0, rows)
+            floats = self._insert("Cast", [rows], result, to=int(_FLOAT))
+            self.graph.add(Op("Mul", "", [floats, scale], [result]))
+
+    # --- 16 bits ---------------------------------------------------------------------------------
+
+    def write_halves(self) -> None:
+        """Casts around what computes in 16 bits. Weights alone are made floats at load: nothing."""
+        half = next(spec.dtype for spec in self.entries.values() if not spec.is_integer)
+        made = {
+            t for op in self.members for t in op.outputs if t.dtype == _FLOAT and not t.constant
+        }
+        for op in [op for op in self.graph if op in self.members]:
+            for index, value in enumerate(op.inputs):
+                if value is None or value.dtype != _FLOAT or value in made:
+                    continue
+                if value not in self.cast:
+                    self.cast[value] = self._halve(value, half)
+                self.graph.set_input(op, index, self.cast[value])
+        for value in sorted(made, key=lambda t: t.name):
+            self._raise_for_others(value, half)
+
+    def _halve(self, value: Tensor, half: ir.DataType) -> Tensor:
+        if value.constant:
+            return _constant(f"{value.name}/{half.name.lower()}", value.shape or (), half)
+        return self._insert("Cast", [value], value, half, to=int(half))
+
+    def _raise_for_others(self, value: Tensor, half: ir.DataType) -> None:
+        """float32 again for the graph's outputs and for readers that stay in float32."""
+        others = [op for op in dict.fromkeys(value.users) if op not in self.members]
+        value.dtype = half
+        if not others and not value.is_output:
+            return
+        result = value.like(f"{value.name}/float", _FLOAT)
+        self.graph.replace_uses(value, result, but=self.members)
+        self.graph.add(Op("Cast", "", [value], [result], {"to": int(_FLOAT)}))
+        if value.is_output:
+            value.is_output, result.is_output = False, True
+            self.graph.outputs = [result if t is value else t for t in self.graph.outputs]
+
+
+def _constant(name: str, shape: tuple[int, ...], dtype: ir.DataType) -> Tensor:
+    return Tensor(name, shape, dtype, constant=True)
+
+
+def _is_constant(op: Op, index: int) -> bool:
+    found = op.inputs[index] if index < len(op.inputs) else None
+    return found is not None and found.constant
+
+
+def _data_inputs(op: Op) -> tuple[int, ...]:
+    """The inputs that are behind a pair where an operator runs in integers."""
+    row = INTEGER_OPS[op.type]
+    indices = range(len(op.inputs)) if row.inputs is None else row.inputs
+    return tuple(i for i in indices if i < len(op.inputs) and op.inputs[i] is not None)
