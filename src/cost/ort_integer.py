@@ -40,14 +40,8 @@ def simulate(graph: RuntimeGraph, target: Target, plan: QuantPlan | None = None)
         if op in graph and is_quantize(op):
             _drop_saturating(graph, op)
     for op in graph:
-        if op.is_onnx("HardSwish"):
-            _inline_hard_swish(graph, op)
-    for op in graph:
         if op in graph:
             _form(graph, op, signed)
-    for op in graph:
-        if op in graph and op.is_onnx("Sigmoid"):
-            _gate_itself(graph, op)
     graph.sort()
 
 
@@ -67,30 +61,6 @@ def _takes_signed(target: Target) -> bool:
     for scheme in target.quantization:
         options.update(scheme.session_options)
     return options.get("session.qdqisint8allowed", "0") == "1"
-
-
-def _inline_hard_swish(graph: RuntimeGraph, op: Op) -> None:
-    """The runtime has no kernel for it: HardSigmoid, and a product."""
-    source, result = op.inputs[0], op.outputs[0]
-    assert source is not None
-    graph.remove(op)
-    gate = result.like(f"{result.name}_gate")
-    graph.add(Op("HardSigmoid", "", [source], [gate], {"alpha": 1 / 6, "beta": 0.5}, op.origin))
-    graph.add(Op("Mul", "", [source, gate], [result]))
-
-
-def _gate_itself(graph: RuntimeGraph, op: Op) -> None:
-    """x * Sigmoid(x): a QuickGelu."""
-    source, user = op.inputs[0], graph.only_user(op.outputs[0])
-    if source is None or user is None or not user.is_onnx("Mul") or source not in user.inputs:
-        return
-    graph.remove(op)
-    for index in (0, 1):
-        graph.set_input(user, index, source if index == 0 else None)
-    del user.inputs[1:]
-    user.type, user.domain, user.attributes = "QuickGelu", CONTRIB, {"alpha": 1.0}
-    user.origin = op.origin + user.origin
-    graph.renew(user)
 
 
 # --- pairs move and multiply -----------------------------------------------------------------
@@ -126,13 +96,26 @@ def _part(graph: RuntimeGraph) -> None:
             continue
         result = op.outputs[0]
         readers = [(user, i) for user in dict.fromkeys(result.users) for i in _reads(user, result)]
+        first = None if result.is_output or not readers else readers[0][0]
         for user, index in readers[0 if result.is_output else 1 :]:
+            if _are_one_hard_swish(first, user):
+                continue
             copy = result.like(f"{result.name}_duplicated")
             graph.add(
                 Op(op.type, op.domain, list(op.inputs), [copy], dict(op.attributes), op.origin)
             )
             graph.set_input(user, index, copy)
     graph.sort()
+
+
+def _are_one_hard_swish(one: Op | None, other: Op) -> bool:
+    """Whether two readers are what a HardSwish is spelled out as, later than pairs are copied."""
+    if one is None:
+        return False
+    gate, product = (one, other) if one.type == "HardSigmoid" else (other, one)
+    if not gate.is_onnx("HardSigmoid") or gate.outputs[0] not in product.inputs:
+        return False
+    return any(node.op_type == "HardSwish" for node in product.origin)
 
 
 def _reads(op: Op, tensor: Tensor) -> list[int]:

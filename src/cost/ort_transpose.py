@@ -145,7 +145,7 @@ def _pays(op: Op, perm: Perm, leading: set[Tensor]) -> bool:
         found = op.inputs[index]
         if found is None or found.constant:
             continue
-        maker = found.producer
+        maker = _behind_pair(found)
         if maker is None or not maker.is_onnx("Transpose") or _perm(maker) != perm:
             cost += _longer(found.shape)
         elif _goes_away(maker):
@@ -153,6 +153,26 @@ def _pays(op: Op, perm: Perm, leading: set[Tensor]) -> bool:
     if not any(t in leading for t in op.outputs):
         cost += _longer(op.outputs[0].shape)
     return cost < 0
+
+
+def _behind_pair(tensor: Tensor) -> Op | None:
+    """What makes a tensor, seen through a DequantizeLinear that nobody else reads."""
+    maker = tensor.producer
+    if maker is None or maker.type != "DequantizeLinear" or len(tensor.users) != 1:
+        return maker
+    stored = maker.inputs[0]
+    return maker if stored is None or stored.producer is None else stored.producer
+
+
+def _dequantized(graph: RuntimeGraph, tensor: Tensor, stored: Tensor) -> Tensor:
+    """The floats of `stored`, by the numbers of the DequantizeLinear that makes `tensor`."""
+    pair = tensor.producer
+    assert pair is not None
+    result = Tensor(f"{tensor.name}_t", stored.shape, tensor.dtype)
+    graph.add(
+        Op(pair.type, pair.domain, [stored, *pair.inputs[1:]], [result], pair.attributes)
+    )
+    return result
 
 
 def _goes_away(transpose: Op) -> bool:
@@ -177,14 +197,17 @@ def _push(graph: RuntimeGraph, transpose: Op, op: Op, perm: Perm) -> bool:
         found = op.inputs[index]
         if found is None:
             continue
-        if found.producer is not None and found.producer.is_onnx("Transpose"):
-            passed[found.producer] = None
+        behind = _behind_pair(found)
+        for maker in (found.producer, behind):
+            if maker is not None and (maker is behind or maker.type == "DequantizeLinear"):
+                passed[maker] = None
         graph.set_input(op, index, _untransposed(graph, found, perm))
     op.attributes = {**op.attributes, **attributes}
     for index, result in enumerate(list(op.outputs)):
         _transpose_result(graph, op, index, result, after, transpose)
     for maker in passed:
-        _drop_unused(graph, maker)
+        if maker.type in ("Transpose", "DequantizeLinear"):
+            _drop_unused(graph, maker)
     return True
 
 
@@ -253,11 +276,13 @@ def _with(perm: Perm, axes: Sequence[int]) -> Perm:
 def _untransposed(graph: RuntimeGraph, tensor: Tensor, perm: Perm) -> Tensor:
     """What gives the tensor when transposed; a new Transpose makes it where nothing has it."""
     assert tensor.shape is not None
-    maker = tensor.producer
+    maker = _behind_pair(tensor)
     if maker is not None and maker.is_onnx("Transpose") and _perm(maker) == perm:
         source = maker.inputs[0]
         assert source is not None
-        return source
+        if maker is tensor.producer:
+            return source
+        return _dequantized(graph, tensor, source)
     shape = (1,) * (len(perm) - len(tensor.shape)) + tensor.shape
     if math.prod(shape) == 1 and tensor.constant:
         return tensor
