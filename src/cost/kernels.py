@@ -19,6 +19,7 @@ from ..targets.target import Runtime, Target
 from . import ort_float, ort_integer
 from .grouping import grouped_kernels
 from .kernel import DEPTHWISE, Kernel, kernel_of, op_facts
+from .ort_plan import write_plan
 from .runtime_graph import Op, RuntimeGraph
 from .storage import Storage, storage_for
 
@@ -41,6 +42,8 @@ def runtime_graph(
     graph = RuntimeGraph(model, dims)
     if target.runtime is Runtime.TVM:
         return graph
+    if plan is not None:
+        write_plan(graph, plan)
     ort_float.simplify(graph, target)
     ort_integer.simulate(graph, target)
     ort_float.fuse(graph, target)

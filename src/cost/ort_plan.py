@@ -212,7 +212,10 @@ class _Writer:
         per_channel = isinstance(self.entries[weight].granularity, PerChannel)
         if op.type == "Gemm" and op.attribute("transB", 0):
             shape = shape[::-1]
-        key = weight, QuantSpec(ir.DataType.INT8, granularity=PerChannel(int(shape != weight.shape)))
+        key = (
+            weight,
+            QuantSpec(ir.DataType.INT8, granularity=PerChannel(int(shape != weight.shape))),
+        )
         if key not in self.stored:
             self.stored[key] = [
                 _constant(f"{weight.name}/int8", shape, ir.DataType.INT8),
