@@ -18,8 +18,9 @@ _BITS = (ir.DataType.INT8, ir.DataType.UINT8)
 def channels_last(graph: RuntimeGraph) -> None:
     """Let QLinearConv and 8-bit MaxPool read and write channels last; comes after `ort_float`."""
     chosen = [op for op in graph if _prefers_last(op)]
+    moved: dict[Tensor, Tensor] = {}
     for op in chosen:
-        _wrap(graph, op)
+        _wrap(graph, op, moved)
     if chosen:
         push_transposes(graph)
         for op in graph:
@@ -54,7 +55,7 @@ def _prefers_last(op: Op) -> bool:
     return op.type == "MaxPool" and source.dtype in _BITS and len(op.outputs) == 1
 
 
-def _wrap(graph: RuntimeGraph, op: Op) -> None:
+def _wrap(graph: RuntimeGraph, op: Op, moved: dict[Tensor, Tensor]) -> None:
     source, result = op.inputs[0], op.outputs[0]
     assert source is not None
     assert source.shape is not None
@@ -63,9 +64,12 @@ def _wrap(graph: RuntimeGraph, op: Op) -> None:
     first = [0, rank - 1, *range(1, rank - 1)]
     if result.shape is None:
         return
-    before = Tensor(f"{source.name}_nhwc", tuple(source.shape[i] for i in last), source.dtype)
+    before = moved.get(source)
+    if before is None:
+        before = Tensor(f"{source.name}_nhwc", tuple(source.shape[i] for i in last), source.dtype)
+        graph.add(Op("Transpose", "", [source], [before], {"perm": last}))
+        moved[source] = before
     behind = Tensor(f"{result.name}_nhwc", tuple(result.shape[i] for i in last), result.dtype)
-    graph.add(Op("Transpose", "", [source], [before], {"perm": last}))
     graph.set_input(op, 0, before)
     graph.set_output(op, 0, behind)
     op.domain = CONTRIB

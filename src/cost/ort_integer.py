@@ -165,7 +165,7 @@ def _take_back(graph: RuntimeGraph, op: Op) -> None:
     pair = graph.only_user(result)
     if pair is None or source is None or not is_quantize(pair) or is_dequantize(source.producer):
         return
-    if len(op.outputs) > 1 or source.constant:
+    if len(op.outputs) > 1 or source.constant or source.is_input or len(source.users) > 1:
         return
     final = pair.outputs[0]
     stored = source.like(f"{source.name}_q_to_dq", final.dtype)

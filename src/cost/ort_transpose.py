@@ -369,7 +369,7 @@ def _split_groups(before: tuple[int, ...], after: tuple[int, ...]) -> list[list[
             product *= after[place]
             taken.append(place)
             place += 1
-        if product != size:
+        if product != size or not taken:
             return None
         groups.append(taken)
     return groups if place == len(after) else None
