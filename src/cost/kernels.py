@@ -19,6 +19,7 @@ from ..targets.target import Runtime, Target
 from . import ort_float, ort_integer
 from .grouping import grouped_kernels
 from .kernel import DEPTHWISE, Kernel, kernel_of, op_facts
+from .ort_channels_last import channels_last
 from .ort_plan import write_plan
 from .runtime_graph import Op, RuntimeGraph
 from .storage import Storage, storage_for
@@ -44,9 +45,11 @@ def runtime_graph(
         return graph
     if plan is not None:
         write_plan(graph, plan)
+    ort_integer.spread_pairs(graph)
     ort_float.simplify(graph, target)
     ort_integer.simulate(graph, target)
     ort_float.fuse(graph, target)
+    channels_last(graph)
     return graph
 
 

@@ -7,16 +7,12 @@ behind it, which then move until they meet and cancel. Not here: forming integer
 
 from __future__ import annotations
 
-import onnx_ir as ir
-
 from .ort_transpose import push_transposes
 from .runtime_graph import CONTRIB, Op, RuntimeGraph, Tensor
 
-_BITS = (ir.DataType.INT8, ir.DataType.UINT8)
-
 
 def channels_last(graph: RuntimeGraph) -> None:
-    """Let QLinearConv and 8-bit MaxPool read and write channels last; comes after `ort_float`."""
+    """Let QLinearConv read and write channels last; comes after `ort_float.fuse`."""
     chosen = [op for op in graph if _prefers_last(op)]
     moved: dict[Tensor, Tensor] = {}
     for op in chosen:
@@ -50,9 +46,7 @@ def _prefers_last(op: Op) -> bool:
     source = op.inputs[0] if op.inputs else None
     if source is None or source.shape is None or len(source.shape) < 3 or op.domain:
         return False
-    if op.type == "QLinearConv":
-        return True
-    return op.type == "MaxPool" and source.dtype in _BITS and len(op.outputs) == 1
+    return op.type == "QLinearConv"
 
 
 def _wrap(graph: RuntimeGraph, op: Op, moved: dict[Tensor, Tensor]) -> None:
@@ -73,9 +67,6 @@ def _wrap(graph: RuntimeGraph, op: Op, moved: dict[Tensor, Tensor]) -> None:
     graph.set_input(op, 0, before)
     graph.set_output(op, 0, behind)
     op.domain = CONTRIB
-    if op.type == "MaxPool":
-        op.type = "NhwcMaxPool"
-    else:
-        op.attributes = {**op.attributes, "channels_last": 1}
+    op.attributes = {**op.attributes, "channels_last": 1}
     graph.renew(op)
     graph.add(Op("Transpose", "", [behind], [result], {"perm": first}))

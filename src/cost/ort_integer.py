@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 import onnx_ir as ir
 
 from ..ir.graph import constant_scalar
-from ..ir.quant import QuantPlan
 from ..targets.target import Target
 from .runtime_graph import CONTRIB, Op, RuntimeGraph, Tensor
 
@@ -23,10 +22,22 @@ _PROPAGATES = ("MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice
 _MOVES = (*_PROPAGATES, "Gather", "Expand", "Flatten", "Resize", "Tile", "Split")
 """These run on integers between a DequantizeLinear and QuantizeLinears of the same scale."""
 _UNARY = ("AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid", "Softmax")
+_COPY = "copy"
+"""Marks copies of a DequantizeLinear, so that equal operators are not merged again."""
 _BITS = (ir.DataType.INT8, ir.DataType.UINT8)
 
 
-def simulate(graph: RuntimeGraph, target: Target, plan: QuantPlan | None = None) -> None:
+def spread_pairs(graph: RuntimeGraph) -> None:
+    """Every reader gets a DequantizeLinear of its own; pairs move over what moves elements.
+
+    Comes before `ort_float.simplify`.
+    """
+    if any(is_dequantize(op) for op in graph):
+        _part(graph)
+        _propagate(graph)
+
+
+def simulate(graph: RuntimeGraph, target: Target) -> None:
     """Form integer operators as the target's session would.
 
     Comes after `ort_float.simplify` and before `ort_float.fuse`.
@@ -34,7 +45,8 @@ def simulate(graph: RuntimeGraph, target: Target, plan: QuantPlan | None = None)
     if not any(is_dequantize(op) for op in graph):
         return
     signed = _takes_signed(target)
-    _part(graph)
+    for op in graph:
+        op.attributes.pop(_COPY, None)
     _propagate(graph)
     for op in graph:
         if op in graph and is_quantize(op):
@@ -96,26 +108,17 @@ def _part(graph: RuntimeGraph) -> None:
             continue
         result = op.outputs[0]
         readers = [(user, i) for user in dict.fromkeys(result.users) for i in _reads(user, result)]
-        first = None if result.is_output or not readers else readers[0][0]
         for user, index in readers[0 if result.is_output else 1 :]:
-            if _are_one_hard_swish(first, user):
-                continue
-            copy = result.like(f"{result.name}_duplicated")
-            graph.add(
-                Op(op.type, op.domain, list(op.inputs), [copy], dict(op.attributes), op.origin)
-            )
-            graph.set_input(user, index, copy)
+            graph.set_input(user, index, _copied(graph, op, op.inputs[0], result))
     graph.sort()
 
 
-def _are_one_hard_swish(one: Op | None, other: Op) -> bool:
-    """Whether two readers are what a HardSwish is spelled out as, later than pairs are copied."""
-    if one is None:
-        return False
-    gate, product = (one, other) if one.type == "HardSigmoid" else (other, one)
-    if not gate.is_onnx("HardSigmoid") or gate.outputs[0] not in product.inputs:
-        return False
-    return any(node.op_type == "HardSwish" for node in product.origin)
+def _copied(graph: RuntimeGraph, pair: Op, stored: Tensor | None, like: Tensor) -> Tensor:
+    """The result of one more DequantizeLinear with the numbers of `pair`."""
+    result = like.like(f"{like.name}_copy")
+    attributes = {**pair.attributes, _COPY: result.name + str(len(graph.ops))}
+    graph.add(Op(pair.type, pair.domain, [stored, *pair.inputs[1:]], [result], attributes))
+    return result
 
 
 def _reads(op: Op, tensor: Tensor) -> list[int]:
@@ -152,11 +155,7 @@ def _take_forward(graph: RuntimeGraph, op: Op) -> None:
         Op(pair.type, pair.domain, [moved, *pair.inputs[1:]], [result], dict(pair.attributes))
     )
     for user, index in readers[0 if result.is_output else 1 :]:
-        copy = result.like(f"{result.name}_duplicated")
-        graph.add(
-            Op(pair.type, pair.domain, [moved, *pair.inputs[1:]], [copy], dict(pair.attributes))
-        )
-        graph.set_input(user, index, copy)
+        graph.set_input(user, index, _copied(graph, pair, moved, result))
 
 
 def _take_back(graph: RuntimeGraph, op: Op) -> None:
@@ -164,6 +163,8 @@ def _take_back(graph: RuntimeGraph, op: Op) -> None:
     source, result = op.inputs[0], op.outputs[0]
     pair = graph.only_user(result)
     if pair is None or source is None or not is_quantize(pair) or is_dequantize(source.producer):
+        return
+    if op.type == "Squeeze" and not op.origin:  # was a Gather then
         return
     if len(op.outputs) > 1 or source.constant or source.is_input or len(source.users) > 1:
         return

@@ -12,9 +12,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import onnx_ir as ir
+
 from ..ir.graph import constant_array
 from ..ir.op_table import TABLE
-from .runtime_graph import Op, RuntimeGraph, Tensor
+from .runtime_graph import CONTRIB, Op, RuntimeGraph, Tensor
 
 Perm = tuple[int, ...]
 _AXIS_OPS = frozenset({"Softmax", "LogSoftmax", "Hardmax", "Split", "Concat", "ArgMax", "ArgMin"})
@@ -50,6 +52,7 @@ _INTEGER_DATA = {
 """Which inputs of operators beyond the standard are data; others are scales and zero points."""
 _POOLS = frozenset({"QLinearAveragePool", "QLinearGlobalAveragePool"})
 """These can read channels last themselves."""
+_EIGHT_BITS = (ir.DataType.INT8, ir.DataType.UINT8)
 
 
 def push_transposes(graph: RuntimeGraph) -> None:
@@ -117,6 +120,8 @@ def _is_handled(op: Op) -> bool:
         return False
     if op.type in _INTEGER_DATA or op.type in _POOLS:
         return True
+    if op.is_onnx("MaxPool"):
+        return len(op.outputs) == 1 and op.outputs[0].dtype in _EIGHT_BITS
     if op.domain:
         return False
     if op.type in _AXIS_OPS or op.type in _AXES_OPS or op.type in _MORE:
@@ -129,6 +134,8 @@ def _movable(op: Op) -> Sequence[int]:
     """The inputs that are tensors of data, not axes or indices."""
     if op.type in _INTEGER_DATA:
         return range(len(op.inputs))[_INTEGER_DATA[op.type]]
+    if op.type == "MaxPool":
+        return [0]
     if op.type == "Concat" or (op.type not in _AXIS_OPS | _AXES_OPS | _MORE and op.type != "Clip"):
         return [i for i, t in enumerate(op.inputs) if t is not None]
     return [0]
@@ -140,6 +147,8 @@ def _longer(shape: tuple[int, ...] | None) -> int:
 
 
 def _pays(op: Op, perm: Perm, leading: set[Tensor]) -> bool:
+    if op.type == "MaxPool":  # faster with channels last
+        return True
     cost = 0
     for index in _movable(op):
         found = op.inputs[index]
@@ -169,9 +178,7 @@ def _dequantized(graph: RuntimeGraph, tensor: Tensor, stored: Tensor) -> Tensor:
     pair = tensor.producer
     assert pair is not None
     result = Tensor(f"{tensor.name}_t", stored.shape, tensor.dtype)
-    graph.add(
-        Op(pair.type, pair.domain, [stored, *pair.inputs[1:]], [result], pair.attributes)
-    )
+    graph.add(Op(pair.type, pair.domain, [stored, *pair.inputs[1:]], [result], pair.attributes))
     return result
 
 
@@ -203,6 +210,9 @@ def _push(graph: RuntimeGraph, transpose: Op, op: Op, perm: Perm) -> bool:
                 passed[maker] = None
         graph.set_input(op, index, _untransposed(graph, found, perm))
     op.attributes = {**op.attributes, **attributes}
+    if op.type == "MaxPool":
+        op.type, op.domain = "NhwcMaxPool", CONTRIB
+        del op.attributes["channels_last"]
     for index, result in enumerate(list(op.outputs)):
         _transpose_result(graph, op, index, result, after, transpose)
     for maker in passed:
@@ -214,7 +224,7 @@ def _push(graph: RuntimeGraph, transpose: Op, op: Op, perm: Perm) -> bool:
 def _after(op: Op, perm: Perm) -> tuple[Perm, dict[str, int]] | None:
     """The permutation of the results, and the attributes that change; None if it can't be said."""
     rank = len(perm)
-    if op.type in _POOLS:
+    if op.type in _POOLS or op.type == "MaxPool":
         last = perm == (0, rank - 1, *range(1, rank - 1)) and not op.attribute("channels_last", 0)
         return (perm, {"channels_last": 1}) if last else None
     if op.type in _AXIS_OPS or op.type in ("QLinearConcat", "QLinearSoftmax"):
