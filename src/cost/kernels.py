@@ -20,6 +20,8 @@ from . import ort_float, ort_integer
 from .grouping import grouped_kernels
 from .kernel import DEPTHWISE, Kernel, kernel_of, op_facts
 from .ort_channels_last import channels_last
+from .ort_dynamic import fuse_products
+from .ort_nbits import fuse_stored_weights
 from .ort_plan import write_plan
 from .runtime_graph import Op, RuntimeGraph
 from .storage import Storage, storage_for
@@ -48,6 +50,8 @@ def runtime_graph(
     ort_integer.spread_pairs(graph)
     ort_float.simplify(graph, target)
     ort_integer.simulate(graph, target)
+    fuse_products(graph)
+    fuse_stored_weights(graph)
     ort_float.fuse(graph, target)
     channels_last(graph)
     return graph
