@@ -23,7 +23,7 @@ _MOVES = (*_PROPAGATES, "Gather", "Expand", "Flatten", "Resize", "Tile", "Split"
 """These run on integers between a DequantizeLinear and QuantizeLinears of the same scale."""
 _UNARY = ("AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid", "Softmax")
 _COPY = "copy"
-"""Marks copies of a DequantizeLinear, so that equal operators are not merged again."""
+"""Tells copies of a DequantizeLinear apart, so that equal operators are not merged again."""
 _BITS = (ir.DataType.INT8, ir.DataType.UINT8)
 
 
@@ -45,10 +45,9 @@ def simulate(graph: RuntimeGraph, target: Target) -> None:
     if not any(is_dequantize(op) for op in graph):
         return
     signed = _takes_signed(target)
-    for op in graph:
-        op.attributes.pop(_COPY, None)
     _propagate(graph)
     for op in graph:
+        op.attributes.pop(_COPY, None)
         if op in graph and is_quantize(op):
             _drop_saturating(graph, op)
     for op in graph:
@@ -107,6 +106,7 @@ def _part(graph: RuntimeGraph) -> None:
         if not is_dequantize(op):
             continue
         result = op.outputs[0]
+        op.attributes = {**op.attributes, _COPY: op.index}
         readers = [(user, i) for user in dict.fromkeys(result.users) for i in _reads(user, result)]
         for user, index in readers[0 if result.is_output else 1 :]:
             graph.set_input(user, index, _copied(graph, op, op.inputs[0], result))
@@ -116,8 +116,10 @@ def _part(graph: RuntimeGraph) -> None:
 def _copied(graph: RuntimeGraph, pair: Op, stored: Tensor | None, like: Tensor) -> Tensor:
     """The result of one more DequantizeLinear with the numbers of `pair`."""
     result = like.like(f"{like.name}_copy")
-    attributes = {**pair.attributes, _COPY: result.name + str(len(graph.ops))}
-    graph.add(Op(pair.type, pair.domain, [stored, *pair.inputs[1:]], [result], attributes))
+    copy = graph.add(
+        Op(pair.type, pair.domain, [stored, *pair.inputs[1:]], [result], pair.attributes)
+    )
+    copy.attributes = {**pair.attributes, _COPY: copy.index}
     return result
 
 
