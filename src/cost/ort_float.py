@@ -178,17 +178,15 @@ def _fuse_activation(graph: RuntimeGraph, op: Op, target: Target) -> None:
 
 
 def _fuse_residual(graph: RuntimeGraph, op: Op, target: Target) -> None:
-    """A sum behind a Conv that is not blocked, and an activation behind that."""
+    """A sum behind a Conv with a bias that is not blocked, and an activation behind that."""
     user = graph.only_user(op.outputs[0])
-    if user is None or not user.is_onnx("Add") or len(op.inputs) > 3:
+    if user is None or not user.is_onnx("Add") or len(op.inputs) != 3 or op.inputs[2] is None:
         return
     if op.attribute("activation") is not None or op.type != "Conv":
         return
     other = user.inputs[1] if user.inputs[0] is op.outputs[0] else user.inputs[0]
-    if other is None or other.constant or not _same_shape(other, op.outputs[0]):
+    if other is None or not _same_shape(other, op.outputs[0]):
         return
-    if len(op.inputs) < 3:
-        graph.set_input(op, 2, None)
     absorb(graph, op, user, other)
     op.type, op.domain = "FusedConv", CONTRIB
     _fuse_activation(graph, op, target)
