@@ -9,10 +9,12 @@ no integer kernel swallows is one. Not here: the rewrites (`ort_float`, `ort_int
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import onnx_ir as ir
 
+from ..ir.graph import is_onnx_op
 from ..ir.ops import NodeCost, node_cost
 from ..ir.quant import QuantPlan, is_dequantize
 from ..targets.target import Runtime, Target
@@ -76,15 +78,28 @@ def kernels(
     A node with subgraphs or a called function is one kernel with the cost of its body. `costs`
     spares computing them again.
     """
-    if target.runtime is Runtime.TVM or is_quantized(model, plan):
+    if target.runtime is Runtime.TVM:
         storage = storage or storage_for(model, target, plan, dims)
         return grouped_kernels(model, target, plan, dims, storage=storage, costs=costs)
 
     def cost_of(node: ir.Node) -> NodeCost:
         return costs[node] if costs is not None else node_cost(node, dims, model.functions)
 
-    return [kernel_of(op, cost_of) for op in runtime_graph(model, target, plan, dims) if _runs(op)]
+    def cost_inside(node: ir.Node) -> NodeCost:
+        saturates = is_onnx_op(node, "Relu", "Clip")  # as rescaling to 8 bits does by itself
+        return dataclasses.replace(cost_of(node), flops=0) if saturates else cost_of(node)
+
+    return [
+        kernel_of(op, cost_inside if _rescales(op) else cost_of)
+        for op in runtime_graph(model, target, plan, dims)
+        if _runs(op)
+    ]
 
 
 def _runs(op: Op) -> bool:
     return not op_facts(op).view
+
+
+def _rescales(op: Op) -> bool:
+    """Whether an operator ends in rescaling its result to 8 bits."""
+    return op.type.startswith("QLinear") or op.type == "QGemm"
