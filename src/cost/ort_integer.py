@@ -50,6 +50,8 @@ def simulate(graph: RuntimeGraph, target: Target) -> None:
         op.attributes.pop(_COPY, None)
         if op in graph and is_quantize(op):
             _drop_saturating(graph, op)
+            if not signed:
+                _make_unsigned(graph, op)
     for op in graph:
         if op in graph:
             _form(graph, op, signed)
@@ -98,6 +100,24 @@ def _drop_saturating(graph: RuntimeGraph, quantize: Op) -> None:
     graph.remove(op)
     graph.set_input(quantize, 0, op.inputs[0])
     quantize.origin = op.origin + quantize.origin
+
+
+def _make_unsigned(graph: RuntimeGraph, quantize: Op) -> None:
+    """A signed pair becomes unsigned where one QuantizeLinear meets one DequantizeLinear.
+
+    Operators that the pair was moved over are between them.
+    """
+    stored = quantize.outputs[0]
+    if stored.dtype != ir.DataType.INT8:
+        return
+    found = [stored]
+    user = graph.only_user(stored)
+    while user is not None and user.is_onnx(*_PROPAGATES):
+        found.append(user.outputs[0])
+        user = graph.only_user(user.outputs[0])
+    if is_dequantize(user):
+        for tensor in found:
+            tensor.dtype = ir.DataType.UINT8
 
 
 def _part(graph: RuntimeGraph) -> None:
@@ -287,6 +307,8 @@ def _move(graph: RuntimeGraph, op: Op, signed: bool) -> None:
     behind = [_pair_behind(graph, result) for result in op.outputs]
     if not all(b is not None and _same_numbers(pair, b) for b in behind):
         return
+    if any(b is not None and _stored_dtype(b) != _stored_dtype(pair) for b in behind):
+        return
     stored = pair.inputs[0]
     assert stored is not None
     graph.set_input(op, 0, stored)
@@ -343,7 +365,7 @@ def _gemm(graph: RuntimeGraph, op: Op, signed: bool) -> None:
     behind = _pair_behind(graph, op.outputs[0])
     if behind is None and any(is_quantize(u) for u in op.outputs[0].users):
         return
-    if not _alike(pairs[:1], behind, signed) or not _weight_fits(pairs):
+    if not _alike(pairs[:1], behind, signed=True) or not _weight_fits(pairs):
         return
     inputs = [*_quantized(pairs[0]), *_quantized(pairs[1])]
     inputs.append(pairs[2].inputs[0] if has_bias else None)
