@@ -44,8 +44,8 @@ def _unpack_inside(graph: RuntimeGraph, op: Op) -> None:
         return
     if op.attribute("transA", 0) or op.attribute("transB", 0):
         return
-    if not _has_kernel(pair):
-        return
+    if not _has_kernel(pair) or graph.only_user(stored) is not pair:
+        return  # a weight that two products share stays unpacked, as is seen in saved graphs
     depth, columns = stored.shape
     size = int(pair.attribute("block_size", 0)) or _BLOCK
     bits = stored.dtype.bitwidth
