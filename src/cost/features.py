@@ -111,7 +111,7 @@ _WORDS = {
     "recurrent": "LSTM GRU RNN DynamicQuantizeLSTM AttnLSTM",
     "attention": """
         Attention MultiHeadAttention GroupQueryAttention QAttention PackedAttention""",
-    "matmul/batched": "Einsum",
+    "matmul/einsum": "Einsum",
 }
 _FAMILIES: Mapping[str, str] = MappingProxyType(
     {name: family for family, names in _WORDS.items() for name in names.split()}
