@@ -184,21 +184,21 @@ def mobilenet_ssd() -> ir.Model:
 
 
 def mobilenet_yolo() -> ir.Model:
-    """MobileNet with two heads of wide 3x3 convolutions."""
+    """MobileNet with two separable heads, as ncnn's benchmark has had it since 2019."""
     b = Net("mobilenet_yolo", 416)
-    deep = b.unit(b.unit(_mobilenet_body(b)[0], 256), 1024, 3)
+    x, middle = _mobilenet_body(b)
+    deep = b.unit(b.depthwise(x), 1024)
     n, channels, h, w = shape_of(deep)
-    b.macs += h * w * channels * 16
-    x = b.op(
+    upsampled = b.op(
         "ConvTranspose",
         [deep, b.weight((channels, 1, 4, 4))],
-        [(n, 256, 2 * h, 2 * w)],
-        group=256,
+        [(n, 512, 2 * h, 2 * w)],
+        group=512,
         kernel_shape=[4, 4],
         strides=[2, 2],
         pads=[1] * 4,
     )[0]
-    x = b.unit(b.unit(b.unit(x, 1024, 3), 256), 1024, 3)
+    x = b.unit(b.depthwise(b.binary("Add", middle, upsampled)), 1024)
     return b.model(b.conv(deep, 125, 1), b.conv(x, 125, 1))
 
 
@@ -212,7 +212,7 @@ def _inverted(
     act: str = "Relu",
     excite: bool = False,
 ) -> Value:
-    """An inverted residual (Sandler et al. 2018), with squeeze and excitation as in MobileNet v3."""
+    """An inverted residual (Sandler et al. 2018), with excitation as in MobileNet v3."""
     before = shape_of(x)[1]
     y = b.unit(x, expanded, act=act) if expanded != before else x
     y = b.depthwise(y, kernel, stride, "" if excite else act)

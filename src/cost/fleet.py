@@ -1,0 +1,221 @@
+"""Many devices under one runtime, fitted together, and a new one from a few timings of its own.
+
+Here: `fit_fleet`, which learns from a table of whole-model timings how the rates of devices vary,
+and `Fleet.adapt`, which makes a profile of a device from as few as ten timings. Not here: what the
+rates are (`fleet_terms`), one device from its own timings (`timings`).
+
+Logarithms of a device's rates are Gaussian over the fleet: mean and covariance are learned from all
+devices by expectation maximization around each device's most likely rates (Laplace's approximation;
+Gelman et al., Bayesian Data Analysis, ch. 13). Errors of models are Student's t, so that a timing
+that went wrong counts little. numpy alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ProfileError
+from .features import Features
+from .fleet_terms import NAMES, RATES, Design, design, setting
+from .profile import HeldOut, Interval, Profile, Setting
+
+Array = NDArray[np.float64]
+
+NOISE = 0.08
+"""The deviation of a model's time from what rates say, relative."""
+FREEDOM = 4.0
+"""Degrees of freedom of the errors: about one in ten is more than twice `NOISE` off."""
+_SPREAD = 0.4  # of a rate beside the device's speed, before anything is learned
+_COMMON = 0.3  # variance of what all rates of a device share
+_PRIOR_WEIGHT = 8.0  # devices that the assumed covariance counts for
+_MISFIT = 0.06  # deviation of what all devices have in common in one model
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """One model on one device: `threads`, milliseconds. `group`: devices that are alike."""
+
+    device: str
+    threads: int
+    model: str
+    ms: float
+    group: str = ""
+    block: str = ""
+
+    @property
+    def key(self) -> tuple[str, int, str]:
+        """What runs under the same conditions."""
+        return self.device, self.threads, self.block
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Fleet:
+    """How the rates of devices vary: `mean` [rates] and `covariance` of their logarithms.
+
+    `devices`: (device, threads, block) in the order of `rates`, logarithms, [devices, rates].
+    `misfit`: model -> what devices have in common in it that its kernels do not explain, as a
+    logarithm.
+    """
+
+    mean: Array
+    covariance: Array
+    devices: tuple[tuple[str, int, str], ...] = ()
+    rates: Array = dataclasses.field(default_factory=lambda: np.zeros((0, len(NAMES))))
+    misfit: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def adapt_rates(self, rows: Design, ms: Array, misfit: Array | None = None) -> Array:
+        """Logarithms of a device's most likely rates, given models and their milliseconds."""
+        offset = np.zeros(len(ms)) if misfit is None else misfit
+        logs = np.log(ms)
+        start = self.mean + np.median(logs - offset - np.log(rows.times(self.mean)))
+        found, _, _ = _most_likely(
+            start[None], self.mean, self.covariance, rows, logs[None], offset, rounds=12
+        )
+        result: Array = found[0]
+        return result
+
+    def adapt(
+        self,
+        samples: Mapping[int, Sequence[tuple[Sequence[Features], float]]],
+        *,
+        name: str,
+        device: str,
+        runtime: str,
+        target: str = "arm64",
+        source: str = "",
+        held_out: Mapping[int, Mapping[str, HeldOut]] | None = None,
+        intervals: Mapping[int, Mapping[str, Interval]] | None = None,
+        **facts: Any,
+    ) -> Profile:
+        """A device's profile from threads -> (kernels of a model, milliseconds).
+
+        Raises:
+            ProfileError: there are no samples, or a time is not above zero.
+        """
+        if not samples or any(not items for items in samples.values()):
+            raise ProfileError("No timings to fit a profile to", where=device, fix="give some")
+        settings: list[Setting] = []
+        for threads, items in sorted(samples.items()):
+            ms = np.array([value for _, value in items])
+            if not (np.isfinite(ms).all() and (ms > 0).all()):
+                raise ProfileError(
+                    "A timing is not above zero", where=device, fix="leave that model out"
+                )
+            logs = self.adapt_rates(design([kernels for kernels, _ in items]), ms)
+            settings.append(
+                dataclasses.replace(
+                    setting(logs, threads),
+                    held_out=dict((held_out or {}).get(threads, {})),
+                    intervals=dict((intervals or {}).get(threads, {"": Interval(0.7, 1.4)})),
+                )
+            )
+        return Profile(
+            name=name,
+            device=device,
+            runtime=runtime,
+            target=target,
+            source=source or f"{sum(map(len, samples.values()))} timings of models",
+            settings=tuple(settings),
+            measured="models",
+            **facts,
+        )
+
+
+def fit_fleet(timings: Sequence[Timing], models: Mapping[str, Sequence[Features]]) -> Fleet:
+    """Learn how devices vary from timings of models whose kernels are known.
+
+    Timings of other models are left out. Settings of one device count less the more there are.
+
+    Raises:
+        ProfileError: fewer than three devices have a timing of a known model.
+    """
+    names = sorted({t.model for t in timings if t.model in models})
+    devices = list(dict.fromkeys(t.key for t in timings if t.model in models))
+    if len({device for device, _, _ in devices}) < 3:
+        raise ProfileError("A fleet needs timings of three devices or more")
+    logs = np.full((len(devices), len(names)), np.nan)
+    row, column = ({k: i for i, k in enumerate(keys)} for keys in (devices, names))
+    for t in timings:
+        if t.model in models and t.ms > 0:
+            logs[row[t.key], column[t.model]] = np.log(t.ms)
+    count = Counter(device for device, _, _ in devices)
+    weights = np.array([count[device] ** -0.5 for device, _, _ in devices])
+    fitted = fit_rates(logs, design([models[name] for name in names]), weights)
+    misfit = dict(zip(names, fitted.misfit.tolist(), strict=True))
+    return Fleet(fitted.mean, fitted.covariance, tuple(devices), fitted.rates, misfit)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FittedRates:
+    """`mean` [rates], `covariance`, `rates` [devices, rates], `misfit` [models]; logarithms."""
+
+    mean: Array
+    covariance: Array
+    rates: Array
+    misfit: Array
+
+
+def fit_rates(logs: Array, rows: Design, weights: Array, rounds: int = 12) -> FittedRates:
+    """Rates of all devices from logarithms of milliseconds, [devices, models], NaN where absent."""
+    size = len(NAMES)
+    start = np.log(np.array(list(RATES.values())))
+    assumed = np.eye(size) * _SPREAD**2 + _speed() * _COMMON
+    covariance = assumed + _speed()
+    speeds = np.nanmedian(logs - np.log(rows.times(start)), axis=1)
+    rates = start + speeds[:, None] * np.diag(_speed())
+    mean = np.average(rates, axis=0, weights=weights)
+    misfit = np.zeros(len(rows.amounts))
+    for index in range(rounds):
+        rates, posterior, residual = _most_likely(
+            rates, mean, covariance, rows, logs, misfit, rounds=3 if index else 8
+        )
+        mean = np.average(rates, axis=0, weights=weights)
+        apart = rates - mean
+        total = np.einsum("b,bk,bl->kl", weights, apart, apart)
+        total += np.einsum("b,bkl->kl", weights, posterior)
+        covariance = (total + _PRIOR_WEIGHT * assumed) / (weights.sum() + _PRIOR_WEIGHT)
+        common = np.nanmedian(np.where(np.isnan(logs), np.nan, residual + misfit), axis=0)
+        seen = (~np.isnan(logs) * weights[:, None]).sum(0)
+        misfit = np.nan_to_num(common) * seen / (seen + (NOISE / _MISFIT) ** 2)
+    return FittedRates(mean, covariance, rates, misfit)
+
+
+def _speed() -> Array:
+    """What a faster device changes: every rate that is a time, no factor."""
+    times = np.array([name not in ("direct", "narrow", "direct8") for name in NAMES], float)
+    found: Array = np.outer(times, times)
+    return found
+
+
+def _most_likely(
+    start: Array,
+    mean: Array,
+    covariance: Array,
+    rows: Design,
+    logs: Array,
+    offset: Array,
+    rounds: int,
+) -> tuple[Array, Array, Array]:
+    """Rates of all devices by Gauss-Newton: [devices, rates], their covariances, residuals."""
+    precision = np.linalg.inv(covariance)
+    there = ~np.isnan(logs)
+    known = np.nan_to_num(logs)
+    rates = start
+    for _ in range(rounds):
+        each = np.exp(rates @ rows.uses.T)[:, None, :] * rows.amounts[None]
+        times = each.sum(2)
+        slope = (each / times[:, :, None]) @ rows.uses
+        residual = np.where(there, known - np.log(times) - offset, 0.0)
+        trust = there * (FREEDOM + 1) / (FREEDOM + (residual / NOISE) ** 2) / NOISE**2
+        weighted = slope * trust[:, :, None]
+        curvature = precision + np.swapaxes(weighted, 1, 2) @ slope
+        gradient = (weighted * residual[:, :, None]).sum(1) - (rates - mean) @ precision
+        step = np.linalg.solve(curvature, gradient[:, :, None])[:, :, 0]
+        rates = rates + step.clip(-1.5, 1.5)
+    return rates, np.linalg.inv(curvature), residual
