@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import onnx_ir as ir
 
 from ..ir.graph import constant_scalar
+from ..ir.quant import is_qdq
 from ..targets.target import Target
 from .runtime_graph import CONTRIB, Op, RuntimeGraph, Tensor
 
@@ -50,6 +51,7 @@ def simulate(graph: RuntimeGraph, target: Target) -> None:
         op.attributes.pop(_COPY, None)
         if op in graph and is_quantize(op):
             _drop_saturating(graph, op)
+            _drop_double(graph, op)
             if not signed:
                 _make_unsigned(graph, op)
     for op in graph:
@@ -100,6 +102,24 @@ def _drop_saturating(graph: RuntimeGraph, quantize: Op) -> None:
     graph.remove(op)
     graph.set_input(quantize, 0, op.inputs[0])
     quantize.origin = op.origin + quantize.origin
+
+
+def _drop_double(graph: RuntimeGraph, quantize: Op) -> None:
+    """Q -> DQ -> Q -> DQ of one dtype becomes Q -> DQ."""
+    floats, final = quantize.inputs[0], quantize.outputs[0]
+    pair = floats.producer if floats is not None else None
+    if pair is None or floats is None or not is_dequantize(pair):
+        return
+    stored = pair.inputs[0]
+    if stored is None or not is_quantize(stored.producer) or stored.dtype != final.dtype:
+        return
+    if graph.only_user(stored) is not pair or graph.only_user(floats) is not quantize:
+        return
+    if final.is_output:
+        return
+    graph.remove(quantize)
+    graph.remove(pair)
+    graph.replace_uses(final, stored)
 
 
 def _make_unsigned(graph: RuntimeGraph, quantize: Op) -> None:
@@ -286,14 +306,22 @@ def _replace(
     for index, tensor in enumerate(inputs):
         graph.set_input(op, index, tensor)
     if behind is not None:
-        final = behind.outputs[0]
-        graph.remove(behind)
-        graph.set_output(op, 0, final)
+        _write_integers(graph, op, 0, behind)
     for pair in before:
         if pair is not None and pair in graph and not _is_read(pair):
             graph.remove(pair)
     op.type, op.domain = type_, domain
     graph.renew(op)
+
+
+def _write_integers(graph: RuntimeGraph, op: Op, index: int, quantize: Op) -> None:
+    """Let an operator do the work of the QuantizeLinear behind it, and of a Relu that it did."""
+    final = quantize.outputs[0]
+    graph.remove(quantize)
+    graph.set_output(op, index, final)
+    absorbed = tuple(node for node in quantize.origin if not is_qdq(node))
+    op.origin += absorbed
+    op.fused += tuple(node.op_type for node in absorbed)
 
 
 def _is_read(op: Op) -> bool:
@@ -314,9 +342,7 @@ def _move(graph: RuntimeGraph, op: Op, signed: bool) -> None:
     graph.set_input(op, 0, stored)
     for index, quantize in enumerate(behind):
         assert quantize is not None
-        final = quantize.outputs[0]
-        graph.remove(quantize)
-        graph.set_output(op, index, final)
+        _write_integers(graph, op, index, quantize)
     if not _is_read(pair):
         graph.remove(pair)
     graph.renew(op)

@@ -138,6 +138,8 @@ class _Blocking:
             return
         if source.dtype != ir.DataType.FLOAT:  # 8-bit: channels last
             return
+        if op.type.startswith("Global") and source not in self.blocked:
+            return
         if source.shape[1] % self.block or len(op.outputs) > 1 or op.outputs[0].shape is None:
             return
         op.domain = NCHWC
