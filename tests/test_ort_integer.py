@@ -80,12 +80,12 @@ def paired(model: onnx.ModelProto, *, zero_point: int = 128) -> onnx.ModelProto:
                 inputs = [f"{name}_8", "w_scale", "w_zp"]
             nodes.append(oh.make_node("DequantizeLinear", inputs, [f"{name}_dq"]))
             behind[name] = f"{name}_dq"
-        del_inputs = [behind.get(name, name) for name in node.input]
+        read = [behind.get(name, name) for name in node.input]
         del node.input[:]
-        node.input.extend(del_inputs)
+        node.input.extend(read)
         nodes.append(node)
         for name in node.output:
-            if name not in outputs and node.op_type not in ("Constant", "Greater"):
+            if name not in outputs and node.op_type not in ("Constant", "Greater", "ArgMax"):
                 pair(name)
     del graph.node[:]
     graph.node.extend(nodes)

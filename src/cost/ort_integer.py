@@ -20,7 +20,11 @@ from .runtime_graph import CONTRIB, Op, RuntimeGraph, Tensor
 
 _PROPAGATES = ("MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice")
 """Behind or before these a pair moves to their other side."""
-_MOVES = (*_PROPAGATES, "Gather", "Expand", "Flatten", "Resize", "Tile", "Split")
+_MOVES = (
+    *_PROPAGATES,
+    *("Gather", "Expand", "Flatten", "Resize", "Tile", "Split", "Identity"),
+    *("DepthToSpace", "ReduceMax", "ReduceMin"),
+)
 """These run on integers between a DequantizeLinear and QuantizeLinears of the same scale."""
 _UNARY = ("AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid", "Softmax")
 _COPY = "copy"
@@ -113,9 +117,9 @@ def _drop_double(graph: RuntimeGraph, quantize: Op) -> None:
     stored = pair.inputs[0]
     if stored is None or not is_quantize(stored.producer) or stored.dtype != final.dtype:
         return
-    if graph.only_user(stored) is not pair or graph.only_user(floats) is not quantize:
+    if graph.only_user(floats) is not quantize or not is_dequantize(graph.only_user(final)):
         return
-    if final.is_output:
+    if len(stored.users) > 1 and not _same_numbers(pair, quantize):
         return
     graph.remove(quantize)
     graph.remove(pair)
@@ -238,6 +242,8 @@ def _form(graph: RuntimeGraph, op: Op, signed: bool) -> None:
     if op.type in _MOVES:
         _move(graph, op, signed)
         return
+    if op.type == "ArgMax":
+        _drop_before(graph, op)
     form = _FORMS.get(op.type)
     if form is not None:
         form(graph, op, signed)
@@ -330,7 +336,7 @@ def _is_read(op: Op) -> bool:
 
 def _move(graph: RuntimeGraph, op: Op, signed: bool) -> None:
     pair = _pair_before(op, 0)
-    if pair is None:
+    if pair is None or (op.type == "Resize" and op.attribute("mode", "nearest") != "nearest"):
         return
     behind = [_pair_behind(graph, result) for result in op.outputs]
     if not all(b is not None and _same_numbers(pair, b) for b in behind):
@@ -346,6 +352,15 @@ def _move(graph: RuntimeGraph, op: Op, signed: bool) -> None:
     if not _is_read(pair):
         graph.remove(pair)
     graph.renew(op)
+
+
+def _drop_before(graph: RuntimeGraph, op: Op) -> None:
+    """Integers have the order of the floats that they stand for."""
+    pair = _pair_before(op, 0)
+    if pair is not None and pair.inputs[0] is not None and not pair.inputs[0].constant:
+        graph.set_input(op, 0, pair.inputs[0])
+        graph.remove(pair)
+        graph.renew(op)
 
 
 def _same_numbers(before: Op, behind: Op) -> bool:
