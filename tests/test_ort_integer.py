@@ -243,6 +243,62 @@ NETS = {
 }
 
 
+OPERATORS = {
+    "slice": """s = Constant<value_ints=[1]>() e = Constant<value_ints=[3]>()
+        i = Constant<value_ints=[2]>() z = Slice(a, s, e, i)""",
+    "split": "p, q = Split<axis=2>(a) z = Add(p, q)",
+    "split, half in floats": """s = Constant<value_ints=[2,6]>()
+        p, q = Split<axis=1>(a, s) e = Exp(p) z = Concat<axis=1>(q, e)""",
+    "nearest": """r = Constant<value_floats=[1.0,1.0,2.0,2.0]>()
+        z = Resize<mode="nearest">(a, , r)""",
+    "linear": """r = Constant<value_floats=[1.0,1.0,2.0,2.0]>()
+        z = Resize<mode="linear">(a, , r)""",
+    "pad": "p = Constant<value_ints=[0,0,1,1,0,0,1,1]>() z = Pad(a, p)",
+    "gather": "i = Constant<value_ints=[0,2,4]>() z = Gather<axis=2>(a, i)",
+    "depth to space": """h = DepthToSpace<blocksize=2>(a)
+        s = Constant<value_ints=[1,8,8,8]>() z = Reshape(h, s)""",
+    "space to depth": """h = SpaceToDepth<blocksize=2>(a)
+        s = Constant<value_ints=[1,8,8,8]>() z = Reshape(h, s)""",
+    "greatest": """m = ReduceMax<axes=[2]>(a)
+        s = Constant<value_ints=[1,8,8,8]>() z = Expand(m, s)""",
+    "mean": "z = ReduceMean<axes=[2,3]>(a)",
+    "where the greatest is": """m = ArgMax<axis=1, keepdims=1>(a) f = Cast<to=1>(m)
+        s = Constant<value_ints=[1,8,8,8]>() z = Expand(f, s)""",
+    "sum with itself": "z = Add(a, a)",
+    "division": "r = Sigmoid(a) z = Div(a, r)",
+    "identity": "z = Identity(a)",
+    "global pooling": "z = GlobalMaxPool(a)",
+    "transposed and back": """t = Transpose<perm=[0,2,3,1]>(a) r = Sigmoid(t)
+        z = Transpose<perm=[0,3,1,2]>(r)""",
+    "product of activations": "r = Sigmoid(a) z = MatMul(a, r)",
+    "linear layer": """s = Constant<value_ints=[1,64,8]>() r = Reshape(a, s) m = MatMul(r, k)
+        o = Add(m, d) t = Constant<value_ints=[1,8,8,8]>() z = Reshape(o, t)""",
+    "transposed convolution": "z = ConvTranspose<pads=[1,1,1,1]>(a, u)",
+    "residual": "r = Relu(a) e = Conv<pads=[1,1,1,1]>(r, u) z = Add(e, r)",
+}
+"""Between two convolutions, with a pair behind every result."""
+
+
+def between(operator: str) -> onnx.ModelProto:
+    return parsed(
+        """(float[1,8,8,8] x, float[8,8,3,3] w, float[8] b, float[8,8,3,3] v, float[8] c,
+            float[8,8,3,3] u, float[8,8] k, float[8] d) => (float[N,C,H,W] y) {
+            a = Conv<pads=[1,1,1,1]>(x, w, b)"""
+        + operator
+        + "y = Conv<pads=[1,1,1,1]>(z, v, c) }"
+    )
+
+
+@pytest.mark.parametrize("zero_point", [0, 128])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operators_between_convolutions(name: str, zero_point: int, tmp_path: Path) -> None:
+    model = ir.from_proto(paired(between(OPERATORS[name]), zero_point=zero_point))
+    truth = executed(model, tmp_path)
+    ours = launches(simulated(model))
+    assert truth - ours == Counter()
+    assert ours - truth == Counter()
+
+
 @pytest.mark.parametrize("name", NETS)
 def test_kernels_are_those_of_the_session(name: str, tmp_path: Path) -> None:
     make: Callable[[], ir.Model] = NETS[name]
@@ -251,3 +307,48 @@ def test_kernels_are_those_of_the_session(name: str, tmp_path: Path) -> None:
     ours = launches(simulated(model))
     assert truth - ours == Counter()
     assert ours - truth == Counter()
+
+
+def test_work_is_that_of_the_nodes_of_the_model() -> None:
+    ops = simulated(by_pass(parsed(RESIDUAL), "host"))
+    convolutions = [op for op in ops if op.type == "QLinearConv"]
+    assert [node.op_type for op in convolutions for node in op.origin] == ["Conv"] * 3
+    assert not any(op.origin for op in ops if op.type == "Transpose")
+
+
+def test_what_saturation_does_is_the_convolutions_work() -> None:
+    ops = simulated(ir.from_proto(paired(parsed(SATURATING), zero_point=0)))
+    first = next(op for op in ops if op.type == "QLinearConv")
+    assert "Relu" not in {op.type for op in ops}
+    assert first.origin[0].op_type == "Conv"
+
+
+def test_signed_pairs_run_in_integers_where_the_session_is_told_so() -> None:
+    def types(target: str) -> Counter[str]:
+        model = by_pass(parsed(RESIDUAL), target, scheme="s8s8")
+        return Counter(op.type for op in simulated(model, target))
+
+    assert types("arm64")["QLinearConv"] == 3
+    assert types("arm64")["QLinearAdd"] == 1
+    assert types("x86_64")["QLinearAdd"] == 0
+
+
+def test_a_result_read_as_floats_too_keeps_its_node_in_floats() -> None:
+    text = """(float[1,8,8,8] x, float[8,8,3,3] w, float[8,8,3,3] v)
+        => (float[1,8,8,8] y, float[1,8,8,8] a) {
+        a = Conv<pads=[1,1,1,1]>(x, w)
+        y = Conv<pads=[1,1,1,1]>(a, v)
+    }"""
+    model = paired(parsed(text))
+    graph = model.graph
+    quantized = [
+        oh.make_node("QuantizeLinear", ["a", "scale", "zp"], ["a_q"]),
+        oh.make_node("DequantizeLinear", ["a_q", "scale", "zp"], ["a_dq"]),
+    ]
+    place = next(i for i, node in enumerate(graph.node) if "a" in node.output) + 1
+    for offset, node in enumerate(quantized):
+        graph.node.insert(place + offset, node)
+    graph.node[-1].input[0] = "a_dq"
+    types = Counter(op.type for op in simulated(ir.from_proto(model)))
+    assert types["Conv"] == 2
+    assert types["QLinearConv"] == 0
