@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -72,11 +72,51 @@ class Features:
     amounts: Mapping[str, float]
     coordinates: Mapping[str, float]
 
+    def amount(self, name: str) -> float:
+        """One of the amounts, or one that follows from the coordinates: `tiled_macs` (products
+        in tiles of 64 x 64 x 16), `groups` (of a grouped convolution), `group_written` (bytes
+        written, times groups). 0 where a kernel has none."""
+        found = self.amounts.get(name)
+        if found is not None:
+            return found
+        derive = _DERIVED.get(name)
+        return derive(self) if derive is not None else 0.0
+
     @property
     def keys(self) -> tuple[str, str]:
         """Classes to look the kernel up in: its own operator first, then its family."""
         return f"{self.family}:{self.type}:{self.dtype}", f"{self.family}:{self.dtype}"
 
+
+_TILE, _TILE_DEPTH = 64, 16
+
+
+def _tiled_macs(found: Features) -> float:
+    at = {name: 2.0**value for name, value in found.coordinates.items()}
+    if found.family.startswith("matmul") and "rows" in at:
+        count, rows, columns, depth = at["batch"], at["rows"], at["columns"], at["depth"]
+    elif found.family.startswith("convolution") and found.family != "convolution/depthwise":
+        if "pixels" not in at:
+            return 0.0
+        count, rows, columns = at["groups"], at["pixels"], at["out"]
+        depth = at["in"] * at["area"]
+    else:
+        return 0.0
+    sizes = ((rows, _TILE), (columns, _TILE), (depth, _TILE_DEPTH))
+    return count * math.prod(math.ceil(size / tile - 1e-9) * tile for size, tile in sizes)
+
+
+def _groups(found: Features) -> float:
+    if found.family != "convolution/grouped":
+        return 0.0
+    return float(2.0 ** found.coordinates.get("groups", 0.0))
+
+
+_DERIVED: Mapping[str, Callable[[Features], float]] = {
+    "tiled_macs": _tiled_macs,
+    "groups": _groups,
+    "group_written": lambda found: _groups(found) * found.amounts.get("written", 0.0),
+}
 
 _WORDS = {
     "elementwise/function": """
@@ -266,6 +306,7 @@ def _convolution(
                 elements=float(result.elements),
                 unrolled=float(pixels * area * channels_in) if area > 1 else 0.0,
                 activated=float(result.elements) if by_table else 0.0,
+                **_unevenness(attributes.get("pads"), data.nbytes, macs),
             )
         ),
         MappingProxyType(
@@ -282,6 +323,14 @@ def _convolution(
             }
         ),
     )
+
+
+def _unevenness(pads: Sequence[int] | None, read: float, macs: float) -> dict[str, float]:
+    """What a runtime may do apart where padding before and behind differ; cuDNN has none such."""
+    half = len(pads or ()) // 2
+    if pads is None or list(pads)[:half] == list(pads)[half:]:
+        return {}
+    return {"uneven_launch": 1.0, "uneven_read": read, "uneven_macs": macs}
 
 
 def _convolution_type(op_type: str, domain: str, rank: int) -> str:
