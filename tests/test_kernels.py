@@ -271,9 +271,10 @@ def test_blocks_are_as_wide_as_vectors_and_on_x86_64_only() -> None:
     assert [k.type for k in kernels(model, ARM64)] == ["Conv"]
 
 
-def test_an_arm64_residual_goes_into_its_convolution() -> None:
+def test_an_arm64_residual_goes_into_no_convolution_without_a_bias() -> None:
+    # as the emulated machine's session saves it; with a bias: test_ort_integer
     found = kernels(loaded(NETS["residual"]), ARM64)
-    assert [(k.type, k.op) for k in found] == [("Conv", "Conv"), ("FusedConv", "Conv+Add+Relu")]
+    assert [k.op for k in found] == ["Conv", "Conv", "Add", "Relu"]
 
 
 def test_operators_come_in_the_order_in_which_the_runtime_executes_them() -> None:

@@ -352,3 +352,26 @@ def test_a_result_read_as_floats_too_keeps_its_node_in_floats() -> None:
     types = Counter(op.type for op in simulated(ir.from_proto(model)))
     assert types["Conv"] == 2
     assert types["QLinearConv"] == 0
+
+
+@pytest.mark.parametrize(
+    ("image", "bias", "kinds"),
+    [
+        ("8,8", True, ["Conv", "FusedConv"]),
+        ("8,8", False, ["Conv", "Conv", "Add", "Relu"]),
+        ("8", True, ["Conv", "Conv", "Add", "Relu"]),
+    ],
+)
+def test_sums_go_into_convolutions_of_images_with_a_bias(
+    image: str, bias: bool, kinds: list[str]
+) -> None:
+    """As sessions on arm64 (and of unblocked channels on x86-64) saved them."""
+    ones = ",".join("1" for _ in image.split(","))
+    text = f"""(float[1,6,{image}] x, float[6,6,{ones}] w, float[6,6,{ones}] v, float[6] b)
+        => (float[1,6,{image}] y) {{
+        a = Conv(x, w)
+        k = Conv(a, v{", b" if bias else ""})
+        s = Add(k, a)
+        y = Relu(s)
+    }}"""
+    assert [op.type for op in simulated(ir.from_proto(parsed(text)), "arm64")] == kinds

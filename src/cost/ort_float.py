@@ -184,6 +184,8 @@ def _fuse_residual(graph: RuntimeGraph, op: Op, target: Target) -> None:
         return
     if op.attribute("activation") is not None or op.type != "Conv":
         return
+    if len(op.outputs[0].shape or ()) != 4:  # images only
+        return
     other = user.inputs[1] if user.inputs[0] is op.outputs[0] else user.inputs[0]
     if other is None or not _same_shape(other, op.outputs[0]):
         return
