@@ -34,18 +34,25 @@ FREEDOM = 4.0
 _SPREAD = 0.4  # of a rate beside the device's speed, before anything is learned
 _COMMON = 0.3  # variance of what all rates of a device share
 _PRIOR_WEIGHT = 8.0  # devices that the assumed covariance counts for
-_MISFIT = 0.06  # deviation of what all devices have in common in one model
+_DRIFT = 0.4  # by how much rates may differ from where fitting starts, beside the speed
+_MISFIT = 0.1  # deviation of what all devices have in common in one model
+
+
+_UNPROVED: Mapping[str, Interval] = {"": Interval(1 / 1.5, 1.5)}
+"""Where nothing was held out: twice as wide as what was found for ncnn's boards."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """One model on one device: `threads`, milliseconds. `group`: devices that are alike."""
+    """One model on one device: `threads`, milliseconds.
+
+    `block` tells apart runs with equally many threads (on other cores, say).
+    """
 
     device: str
     threads: int
     model: str
     ms: float
-    group: str = ""
     block: str = ""
 
     @property
@@ -60,7 +67,7 @@ class Fleet:
 
     `devices`: (device, threads, block) in the order of `rates`, logarithms, [devices, rates].
     `misfit`: model -> what devices have in common in it that its kernels do not explain, as a
-    logarithm.
+    logarithm. `intervals`: 80 % intervals of devices adapted to, by what models compute in.
     """
 
     mean: Array
@@ -68,6 +75,52 @@ class Fleet:
     devices: tuple[tuple[str, int, str], ...] = ()
     rates: Array = dataclasses.field(default_factory=lambda: np.zeros((0, len(NAMES))))
     misfit: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    intervals: Mapping[str, Interval] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def from_profile(cls, profile: Profile) -> Fleet:
+        """The fleet that a profile was written for (`as_profile`), single devices left out.
+
+        Raises:
+            ProfileError: it is a profile of one device.
+        """
+        found = profile.host.get("fleet")
+        if not isinstance(found, Mapping) or list(found.get("rates", ())) != list(NAMES):
+            raise ProfileError(
+                f"The profile {profile.name!r} is not one of a fleet",
+                why="it does not say how devices vary, or names other rates",
+                fix="give a fleet's, such as fleet-ncnn",
+            )
+        return cls(
+            np.array(found["mean"], float),
+            np.array(found["covariance"], float),
+            intervals=profile.settings[0].intervals,
+        )
+
+    def as_profile(
+        self, name: str, *, runtime: str, target: str = "arm64", **facts: Any
+    ) -> Profile:
+        """The typical device, one setting for each number of threads that three devices have.
+
+        How devices vary is among the facts of the host, for `from_profile`.
+        """
+        settings = []
+        for threads in sorted({count for _, count, _ in self.devices}):
+            chosen = [i for i, (_, count, _) in enumerate(self.devices) if count == threads]
+            if len({self.devices[i][0] for i in chosen}) >= 3:
+                typical = setting(self.rates[chosen].mean(0), threads)
+                settings.append(dataclasses.replace(typical, intervals=dict(self.intervals)))
+        shape = {"rates": list(NAMES), "mean": self.mean.tolist()}
+        return Profile(
+            name=name,
+            device=f"the typical one of {len({device for device, _, _ in self.devices})}",
+            runtime=runtime,
+            target=target,
+            settings=tuple(settings),
+            measured="models",
+            host={"fleet": {**shape, "covariance": self.covariance.tolist()}},
+            **facts,
+        )
 
     def adapt_rates(self, rows: Design, ms: Array, misfit: Array | None = None) -> Array:
         """Logarithms of a device's most likely rates, given models and their milliseconds."""
@@ -112,7 +165,7 @@ class Fleet:
                 dataclasses.replace(
                     setting(logs, threads),
                     held_out=dict((held_out or {}).get(threads, {})),
-                    intervals=dict((intervals or {}).get(threads, {"": Interval(0.7, 1.4)})),
+                    intervals=dict((intervals or {}).get(threads, self.intervals or _UNPROVED)),
                 )
             )
         return Profile(
@@ -183,7 +236,33 @@ def fit_rates(logs: Array, rows: Design, weights: Array, rounds: int = 12) -> Fi
         common = np.nanmedian(np.where(np.isnan(logs), np.nan, residual + misfit), axis=0)
         seen = (~np.isnan(logs) * weights[:, None]).sum(0)
         misfit = np.nan_to_num(common) * seen / (seen + (NOISE / _MISFIT) ** 2)
+        shift = _explained(misfit, rows, mean, mean - start, seen > 0)
+        misfit = misfit - _slope(rows, mean[None])[0] @ shift
+        rates, mean = rates + shift, mean + shift
     return FittedRates(mean, covariance, rates, misfit)
+
+
+def _explained(
+    misfit: Array, rows: Design, mean: Array, moved: Array, seen: NDArray[np.bool_]
+) -> Array:
+    """How the rates of all devices should move so that models fit them better, [rates].
+
+    Step by step, what all devices have in common would go to the misfits, which nothing that is
+    learned of many devices holds back; so it is first offered to the rates. `moved`: how far the
+    mean is from where it started, beside its speed.
+    """
+    slope = _slope(rows, mean[None])[0][seen] / _MISFIT
+    held = np.linalg.inv(np.eye(len(mean)) * _DRIFT**2 + _speed() * 100.0)
+    wanted = slope.T @ (misfit[seen] / _MISFIT) - held @ moved
+    found: Array = np.linalg.solve(slope.T @ slope + held, wanted)
+    return found.clip(-0.5, 0.5)
+
+
+def _slope(rows: Design, rates: Array) -> Array:
+    """Derivative of the logarithms of times by those of rates, [devices, models, rates]."""
+    each = np.exp(rates @ rows.uses.T)[:, None, :] * rows.amounts[None]
+    found: Array = (each / each.sum(2, keepdims=True)) @ rows.uses
+    return found
 
 
 def _speed() -> Array:

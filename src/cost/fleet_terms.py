@@ -25,26 +25,29 @@ from .profile import ClassModel, Correction, Setting
 Array = NDArray[np.float64]
 
 RATES: Mapping[str, float] = {
-    "launch": 2e-3,
-    "pointwise": 2.5e-7,
-    "winograd": 1e-7,
-    "direct": 2.0,
-    "narrow": 2.0,
-    "first": 3e-7,
-    "depthwise": 4e-7,
-    "traffic": 2e-7,
-    "transformed": 3e-7,
-    "weights": 2e-7,
-    "dense": 3e-7,
-    "moved": 4e-7,
-    "elementwise": 2e-7,
-    "function": 5e-6,
-    "local_norm": 2e-5,
-    "pointwise8": 2e-7,
-    "winograd8": 1.2e-7,
-    "direct8": 1.5,
-    "first8": 3e-7,
-    "depthwise8": 4e-7,
+    "launch": 0.003,
+    "pointwise": 2.5e-07,
+    "winograd": 1.2e-07,
+    "direct": 2,
+    "narrow": 3,
+    "first": 5e-07,
+    "depthwise": 7.5e-07,
+    "read": 4e-07,
+    "written": 6e-07,
+    "transformed": 8e-07,
+    "restored": 8e-07,
+    "weights": 3e-07,
+    "transformed_weights": 5e-07,
+    "dense": 5e-07,
+    "moved": 1.5e-06,
+    "elementwise": 4e-07,
+    "function": 9e-06,
+    "local_norm": 3.5e-05,
+    "pointwise8": 2.5e-07,
+    "winograd8": 1.3e-07,
+    "direct8": 1.4,
+    "first8": 7.5e-07,
+    "depthwise8": 7.5e-07,
 }
 """Name -> where fitting starts: ms a kernel, a MAC, a byte or an element; `direct` and `narrow` are
 factors on Winograd's. Those that end in 8 are of 8-bit integers."""
@@ -82,25 +85,23 @@ def parts(found: Features) -> Iterator[Part]:
     suffix = "8" if found.dtype == "int8" else ""
     yield ("launch",), 1.0
     root, _, kind = found.family.partition("/")
-    traffic = amounts["read"] + amounts["written"]
-    if root == "convolution":
-        yield ("weights",), amounts["weights"]
-        if kind in ("spatial", "grouped", "transposed"):
-            slower = slowdown(found)
-            yield ("winograd" + suffix, *slower), amounts["macs"]
-            yield ("transformed", *slower), traffic
-        else:
-            yield ((kind if kind != "transposed" else "pointwise") + suffix,), amounts["macs"]
-            yield ("traffic",), traffic
-    elif root in ("matmul", "attention", "recurrent"):
-        yield ("pointwise" + suffix,), amounts["macs"]
-        yield ("dense",), amounts["weights"]
-        yield ("traffic",), traffic
+    read, written, weights = amounts["read"], amounts["written"], amounts["weights"]
+    if root == "convolution" and kind in ("spatial", "grouped", "transposed"):
+        slower = slowdown(found)
+        yield ("winograd" + suffix, *slower), amounts["macs"]
+        yield ("transformed", *slower), read
+        yield ("restored", *slower), written
+        yield ("transformed_weights", *slower), weights
+    elif root in ("convolution", "matmul", "attention", "recurrent"):
+        yield ((kind if root == "convolution" else "pointwise") + suffix,), amounts["macs"]
+        yield ("weights" if root == "convolution" else "dense",), weights
+        yield ("read",), read
+        yield ("written",), written
     elif found.type == "LRN":
         yield ("local_norm",), amounts["elements"]
     else:
         rate, unit = _STREAMS.get(found.family, ("moved", "bytes"))
-        yield (rate,), amounts["elements"] if unit == "elements" else traffic
+        yield (rate,), amounts["elements"] if unit == "elements" else read + written
 
 
 def slowdown(found: Features) -> tuple[str, ...]:
@@ -149,12 +150,12 @@ class Design:
         return Design(self.amounts[chosen], self.uses)
 
 
+_WINDOWED = ("transformed", "restored", "transformed_weights")
 _COLUMNS: tuple[tuple[str, ...], ...] = (
     *((name,) for name in NAMES if name not in FACTORS),
-    *itertools.product(("winograd", "transformed"), ("direct", "narrow")),
-    ("winograd8", "direct8"),
+    *itertools.product(("winograd", *_WINDOWED), ("direct", "narrow")),
+    *itertools.product(("winograd8", *_WINDOWED), ("direct8",)),
     ("winograd8", "narrow"),
-    ("transformed", "direct8"),
 )
 _USES = np.array([[float(name in column) for name in NAMES] for column in _COLUMNS])
 
@@ -175,25 +176,27 @@ def classes(logs: Array) -> dict[str, ClassModel]:
     rate = {name: float(value) for name, value in zip(NAMES, np.exp(logs), strict=True)}
     found: dict[str, ClassModel] = {}
     for dtype, suffix in (("float32", ""), ("int8", "8")):
-        weights = {"weights": rate["weights"]}
+        plain = {name: rate[name] for name in ("read", "written", "weights")}
         for kind in ("pointwise", "first", "depthwise"):
-            terms = {"macs": rate[kind + suffix], **_bytes(rate["traffic"]), **weights}
-            found[f"convolution/{kind}:{dtype}"] = ClassModel(terms)
-        slower = {
-            "spatial": (rate["direct" + suffix], _winograd_discount(rate["direct" + suffix])),
-            "transposed": (rate["direct" + suffix], None),
-            "grouped": (rate["narrow"], _wide_discount(rate["direct" + suffix], rate["narrow"])),
-        }
-        for kind, (factor, discount) in slower.items():
+            found[f"convolution/{kind}:{dtype}"] = ClassModel(
+                {"macs": rate[kind + suffix], **plain}
+            )
+        direct, narrow = rate["direct" + suffix], rate["narrow"]
+        for kind, factor, discount in (
+            ("spatial", direct, _winograd_discount(direct)),
+            ("transposed", direct, None),
+            ("grouped", narrow, _wide_discount(direct, narrow)),
+        ):
             terms = {
                 "macs": factor * rate["winograd" + suffix],
-                **_bytes(factor * rate["transformed"]),
-                **weights,
+                "read": factor * rate["transformed"],
+                "written": factor * rate["restored"],
+                "weights": factor * rate["transformed_weights"],
             }
             found[f"convolution/{kind}:{dtype}"] = ClassModel(terms, discount)
-        product = {"macs": rate["pointwise" + suffix], **_bytes(rate["traffic"])}
+        product = {**plain, "macs": rate["pointwise" + suffix], "weights": rate["dense"]}
         for family in ("matmul/weights", "matmul/batched", "attention", "recurrent"):
-            found[f"{family}:{dtype}"] = ClassModel({**product, "weights": rate["dense"]})
+            found[f"{family}:{dtype}"] = ClassModel(product)
         for family, (name, unit) in _STREAMS.items():
             terms = {"elements": rate[name]} if unit == "elements" else _bytes(rate[name])
             found[f"{family}:{dtype}"] = ClassModel(terms)
