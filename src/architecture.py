@@ -14,12 +14,16 @@ import onnx_ir as ir
 
 from .cost.budget import Budget
 from .cost.estimate import Estimate
+from .cost.features import Features
+from .cost.kernels import kernels
+from .cost.latency import describe
 from .cost.profile import Profile
 from .cost.profiles import board_profiles, find_profile, profile_for
 from .cost.report import CostReport, cost_report
-from .errors import EdgepassError, UsageError
+from .errors import EdgepassError, ShapeError, UsageError
 from .frontends import load_supported
 from .ir.quant import QuantPlan
+from .ir.shapes import infer_shapes
 from .ir.sizing import is_dynamic, static_twin
 from .passes.base import Context, Pass, Stage
 from .passes.driver import run_passes, sort_by_stage
@@ -123,8 +127,32 @@ class Architecture:
             progress(len(plans), len(plans), "")
         return Estimate(device.name, tuple(rows), failed, budget)
 
+    def launches(
+        self, target: str | Target, *, dims: Mapping[str, int] | None = None
+    ) -> list[Features]:
+        """What the target's runtime makes of the model as it was given, for fitting timings of it.
+
+        Raises:
+            ShapeError: the size of a kernel is not known; give `dims`.
+        """
+        device = get_target(target)
+        model = self.graph.clone()
+        infer_shapes(model)
+        sizes = default_dims(model, dims)
+        found = kernels(at_sizes(model, sizes), device, dims=sizes)
+        described = [(kernel, describe(kernel)) for kernel in found]
+        for kernel, features in described:
+            if features is None:
+                raise ShapeError(
+                    "The size of a kernel is not known",
+                    where=kernel.op,
+                    why=kernel.unknown_reason,
+                    fix="give sizes of dynamic dimensions (dims)",
+                )
+        return [features for _, features in described if features is not None]
+
     def _prepare(self, chosen: Sequence[Pass], context: Context) -> Priced:
-        """The graph a recipe leaves without weights, at the sizes and as saved; a plan of the rest."""
+        """The graph that a recipe leaves, at the sizes and as saved, and a plan of the rest."""
         assert context.target is not None
         sizes = tuple(sorted(context.dims.items()))
         key = (context.target.name, sizes, format_passes(list(chosen)))

@@ -159,7 +159,9 @@ def calibrate(
     budget: Annotated[float, typer.Option(min=10, help="Seconds to spend measuring.")] = 540.0,
     check: Annotated[
         bool,
-        typer.Option("--check", help="Re-measure a sample of a profile's kernels; exit 1 if stale."),
+        typer.Option(
+            "--check", help="Re-measure a sample of a profile's kernels; exit 1 if stale."
+        ),
     ] = False,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="The profile's file.")
@@ -168,10 +170,10 @@ def calibrate(
     json: Json = False,
 ) -> None:
     """Fit a latency profile: measure kernels on this machine, or read whole-model timings."""
-    from .. import calibrating
-
     load_plugins(plugin)
     if check:
+        from .. import calibrating
+
         with console.progress() as show:
             result = calibrating.check(name or target, progress=show)
         if json:
@@ -183,7 +185,9 @@ def calibrate(
         return
     with console.progress() as show:
         if from_ is not None:
-            made = calibrating.from_timings(
+            from ..timing_tables import profile_from_table
+
+            made = profile_from_table(
                 from_,
                 target,
                 name=name or from_.stem,
@@ -193,6 +197,8 @@ def calibrate(
                 progress=show,
             )
         else:
+            from .. import calibrating
+
             made = calibrating.calibrate(
                 target, name=name, threads=_counts(threads), budget_s=budget, progress=show
             )

@@ -103,7 +103,7 @@ def _tiled_macs(found: Features) -> float:
     else:
         return 0.0
     sizes = ((rows, _TILE), (columns, _TILE), (depth, _TILE_DEPTH))
-    return count * math.prod(math.ceil(size / tile - 1e-9) * tile for size, tile in sizes)
+    return float(count * math.prod(math.ceil(size / tile - 1e-9) * tile for size, tile in sizes))
 
 
 def _groups(found: Features) -> float:
