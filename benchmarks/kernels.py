@@ -18,6 +18,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -29,7 +30,7 @@ from edgepass.frontends import load_model
 from edgepass.frontends.opset import to_supported_opset
 from edgepass.ir.random_weights import fill_random_weights
 from edgepass.ir.shapes import infer_shapes
-from edgepass.passes.base import Context
+from edgepass.passes.base import Context, Stage
 from edgepass.passes.driver import run_passes
 from edgepass.pipelines import epilogue, parse_recipe
 from edgepass.targets.onnx_file import write_onnx
@@ -85,10 +86,13 @@ def prepared(path: Path, target: Target, recipe: str | None) -> ir.Model:
         return model
     context = Context(target)
     chosen = [*parse_recipe(recipe), *epilogue()]
-    planned = [item for item in chosen if item.needs_weights]
-    model, _ = run_passes(model, [item for item in chosen if not item.needs_weights], context)
-    for item in planned:
-        model = item.preview(model, context).model
+    free = [item for item in chosen if not item.needs_weights]
+    # as when a model is compiled: quantization sees the graph before the runtime's own forms
+    model, _ = run_passes(model, [i for i in free if i.stage <= Stage.QUANTIZE], context)
+    for item in chosen:
+        if item.needs_weights:
+            model = item.preview(model, context).model
+    model, _ = run_passes(model, [i for i in free if i.stage > Stage.QUANTIZE], context)
     return model
 
 
@@ -138,18 +142,30 @@ def profiled(
     events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     graph = onnx.load(saved, load_external_data=False).graph
     domains = {(node.name, node.op_type): node.domain for node in graph.node}
+    # even unoptimized, a session gives each reader a DequantizeLinear of its own
+    added = set() if optimize else {key for key in _named(events) if key not in domains}
+    added = {(name, op) for name, op in added if ("", op) not in domains}
     counts: Counter[Launch] = Counter()
     for event in events:
         if event.get("cat") != "Node" or not event["name"].endswith("_kernel_time"):
             continue
         op = event["args"]["op_name"]
-        if op in _VIEWS:
+        if op in _VIEWS or (event["name"].removesuffix("_kernel_time"), op) in added:
             continue
         shapes = event["args"]["output_type_shape"]
         shape = tuple(next(iter(shapes[0].values()))) if shapes else ()
         domain = domains.get((event["name"].removesuffix("_kernel_time"), op), "")
         counts["" if domain == "ai.onnx" else domain, op, shape] += 1
     return counts
+
+
+def _named(events: list[dict[str, Any]]) -> set[tuple[str, str]]:
+    """Names and operators of the kernels that ran."""
+    return {
+        (event["name"].removesuffix("_kernel_time"), event["args"]["op_name"])
+        for event in events
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")
+    }
 
 
 _EXTERNAL = {
