@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import onnx_ir as ir
 
@@ -22,10 +22,11 @@ from .cost.profiles import board_profiles, find_profile, profile_for
 from .cost.report import CostReport, cost_report
 from .errors import EdgepassError, ShapeError, UsageError
 from .frontends import load_supported
+from .ir.graph import AbsentTensor, is_absent
 from .ir.quant import QuantPlan
 from .ir.shapes import infer_shapes
 from .ir.sizing import is_dynamic, static_twin
-from .passes.base import Context, Pass, Stage
+from .passes.base import Context, Pass, PassResult, Stage
 from .passes.driver import run_passes, sort_by_stage
 from .passes.probe import default_dims
 from .passes.spec import format_passes
@@ -34,7 +35,7 @@ from .targets.registry import get_target
 from .targets.target import Runtime, Target
 
 ProgressCall = Callable[[int, int, str], None]
-Priced = tuple[ir.Model, ir.Model, QuantPlan | None, tuple[str, ...]]
+Priced = tuple[ir.Model, ir.Model, tuple[str, ...]]
 
 RECIPES = ("fp32", "fp16", "int8")
 """What is estimated where nothing else is asked for."""
@@ -106,13 +107,12 @@ class Architecture:
             if progress is not None:
                 progress(done, len(plans), name)
             try:
-                model, saved, plan, notes = self._prepare(chosen, context)
+                model, saved, notes = self._prepare(chosen, context)
                 rows.append(
                     cost_report(
                         model,
                         device,
                         recipe=name,
-                        plan=plan,
                         dims=sizes,
                         notes=notes,
                         threads=threads,
@@ -152,7 +152,7 @@ class Architecture:
         return [features for _, features in described if features is not None]
 
     def _prepare(self, chosen: Sequence[Pass], context: Context) -> Priced:
-        """The graph that a recipe leaves, at the sizes and as saved, and a plan of the rest."""
+        """The graph that a recipe leaves, at the sizes and as saved; what could not be done."""
         assert context.target is not None
         sizes = tuple(sorted(context.dims.items()))
         key = (context.target.name, sizes, format_passes(list(chosen)))
@@ -173,15 +173,56 @@ class Architecture:
         special = [item for item in free if not item.lossless]
         if special:
             model, _ = run_passes(model.clone(), special, context)
-        plan = None
-        notes = []
+        notes: list[str] = []
+        previewed = [item for item in planned if isinstance(item, Previewed)]
         for item in planned:
-            found = item.plan(model, context)
-            if found is None:
+            if item not in previewed:
                 notes.append(f"{item}: stored size is not changed by it")
-            else:
-                plan = found
-        return at_sizes(model, context.dims), model, plan, tuple(notes)
+        if previewed:
+            model = without_weights(model)
+            for item in previewed:
+                plan = item.plan(model, context)
+                notes += _planned(plan, get_target(context.target or "host"))
+                item.preview(model, context)
+            rest = [item for item in chosen if not item.needs_weights and item.stage > last]
+            infer_shapes(model)
+            model, _ = run_passes(model, rest, context)
+        return at_sizes(model, context.dims), model, tuple(notes)
+
+
+@runtime_checkable
+class Previewed(Protocol):
+    """A pass that writes what it would, exact in structure and size, without seeing weights."""
+
+    def plan(self, model: ir.Model, context: Context) -> QuantPlan:
+        """What becomes of which value."""
+
+    def preview(self, model: ir.Model, context: Context) -> PassResult:
+        """Change the model in place; numbers that need weights are absent."""
+
+
+def _planned(plan: QuantPlan, target: Target) -> list[str]:
+    notes = [f"priced before weights are seen: {plan.label}"]
+    if target.runtime is Runtime.TVM and plan.nodes:
+        notes.append("TVM computes quantized nodes in floats: 8 bits save size, not time")
+    return notes
+
+
+_SMALL = 64
+"""Elements up to which a constant may be a number that passes look at, and stays."""
+
+
+def without_weights(model: ir.Model) -> ir.Model:
+    """A copy whose float weights are absent: no pass can spend time on them."""
+    copy = model.clone()
+    for value in copy.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is None or is_absent(tensor) or tensor.size <= _SMALL:
+            continue
+        if tensor.dtype.is_floating_point():
+            shape = tuple(int(d) for d in tensor.shape.numpy())
+            value.const_value = AbsentTensor(value.name or "", tensor.dtype, shape)
+    return copy
 
 
 def estimate(
