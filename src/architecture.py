@@ -185,7 +185,6 @@ class Architecture:
                 notes += _planned(plan, get_target(context.target or "host"))
                 item.preview(model, context)
             rest = [item for item in chosen if not item.needs_weights and item.stage > last]
-            infer_shapes(model)
             model, _ = run_passes(model, rest, context)
         return at_sizes(model, context.dims), model, tuple(notes)
 

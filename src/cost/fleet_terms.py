@@ -39,7 +39,8 @@ RATES: Mapping[str, float] = {
     "weights": 3e-07,
     "transformed_weights": 5e-07,
     "dense": 5e-07,
-    "moved": 1.5e-06,
+    "moved": 1.2e-06,
+    "pooled": 2e-06,
     "elementwise": 4e-07,
     "function": 9e-06,
     "local_norm": 3.5e-05,
@@ -66,7 +67,7 @@ _STREAMS: Mapping[str, tuple[str, str]] = {
     "softmax": ("function", "elements"),
     "normalization": ("moved", "bytes"),
     "reduction": ("moved", "bytes"),
-    "pooling": ("moved", "bytes"),
+    "pooling": ("pooled", "unrolled"),
     "pooling/global": ("moved", "bytes"),
     "movement/transpose": ("moved", "bytes"),
     "movement/reorder": ("moved", "bytes"),
@@ -101,7 +102,7 @@ def parts(found: Features) -> Iterator[Part]:
         yield ("local_norm",), amounts["elements"]
     else:
         rate, unit = _STREAMS.get(found.family, ("moved", "bytes"))
-        yield (rate,), amounts["elements"] if unit == "elements" else read + written
+        yield (rate,), read + written if unit == "bytes" else amounts[unit]
 
 
 def slowdown(found: Features) -> tuple[str, ...]:
@@ -198,7 +199,7 @@ def classes(logs: Array) -> dict[str, ClassModel]:
         for family in ("matmul/weights", "matmul/batched", "attention", "recurrent"):
             found[f"{family}:{dtype}"] = ClassModel(product)
         for family, (name, unit) in _STREAMS.items():
-            terms = {"elements": rate[name]} if unit == "elements" else _bytes(rate[name])
+            terms = _bytes(rate[name]) if unit == "bytes" else {unit: rate[name]}
             found[f"{family}:{dtype}"] = ClassModel(terms)
         found[f"normalization:LRN:{dtype}"] = ClassModel({"elements": rate["local_norm"]})
     return found
