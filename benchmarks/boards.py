@@ -2,8 +2,8 @@
 
     python benchmarks/boards.py --table ncnn_boards.csv [--draws 20] [--all] [--write FOLDER]
 
-The table has a row a board, model and number of threads (columns device, block, model, family, int8,
-unit, threads, powersave, min_ms); what runs on the CPU with 20 models or more is used. Printed are
+The table has a row a board, model and number of threads (columns device, block, model, family,
+int8, unit, threads, powersave, min_ms); what runs on the CPU with 20 models or more is used. Printed are
 
 1. from the table alone: a board is left out, with all boards of its chip; ten of its models at one
    number of threads are drawn, and the others predicted (`edgepass.cost.fleet_near`); beside it one
@@ -135,7 +135,7 @@ def figures(errors: Sequence[float]) -> str:
     return f"{100 * float(np.median(off)):5.1f} / {share[0]:3.0f} / {share[1]:3.0f}"
 
 
-# --- from the table alone --------------------------------------------------------------------------
+# --- from the table alone -------------------------------------------------------------------------
 
 
 def table_only(runs: Sequence[Run], draws: int) -> None:
@@ -194,7 +194,7 @@ def _weights(runs: Sequence[Run]) -> Any:
     return np.array([count[run.device] ** -0.5 for run in runs])
 
 
-# --- from graphs -----------------------------------------------------------------------------------
+# --- from graphs ----------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,7 +275,7 @@ def _dtype(model: str) -> str:
     return "int8" if model.endswith("_int8") else "float32"
 
 
-# --- profiles --------------------------------------------------------------------------------------
+# --- profiles -------------------------------------------------------------------------------------
 
 
 def settings_of(runs: Sequence[Run], named: str) -> list[Run]:

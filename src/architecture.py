@@ -22,7 +22,7 @@ from .cost.profiles import board_profiles, find_profile, profile_for
 from .cost.report import CostReport, cost_report
 from .errors import EdgepassError, ShapeError, UsageError
 from .frontends import load_supported
-from .ir.graph import AbsentTensor, is_absent
+from .ir.graph import AbsentTensor, index_names, is_absent
 from .ir.quant import QuantPlan
 from .ir.shapes import infer_shapes
 from .ir.sizing import is_dynamic, static_twin
@@ -221,6 +221,7 @@ def without_weights(model: ir.Model) -> ir.Model:
         if tensor.dtype.is_floating_point():
             shape = tuple(int(d) for d in tensor.shape.numpy())
             value.const_value = AbsentTensor(value.name or "", tensor.dtype, shape)
+    index_names(copy)  # the copy shares the index of the original, with names that are not here
     return copy
 
 

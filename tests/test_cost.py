@@ -13,10 +13,10 @@ import pytest
 from rich.console import Console
 
 from edgepass.cost.buffers import Buffer, alive_bytes, planned_bytes
+from edgepass.cost.estimate import Estimate
 from edgepass.cost.kernels import DEPTHWISE, Kernel, kernels
 from edgepass.cost.latency import SPREAD, latency
 from edgepass.cost.memory import activation_memory, peak_activation_bytes
-from edgepass.cost.estimate import Estimate
 from edgepass.cost.report import CostReport, cost_report
 from edgepass.cost.size import file_bytes, parameter_count
 from edgepass.cost.text import format_bytes, format_count

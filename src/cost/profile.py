@@ -84,9 +84,7 @@ class ClassModel:
 
     def predict(self, found: Sequence[Features]) -> tuple[Array, Array]:
         """Milliseconds and novelty (0 known to 1 far from anything seen) of kernels, [n] each."""
-        base = np.array(
-            [sum(c * f.amount(name) for name, c in self.terms.items()) for f in found]
-        )
+        base = np.array([sum(c * f.amount(name) for name, c in self.terms.items()) for f in found])
         outside = np.array([self._outside(f) for f in found])
         if self.correction is None:
             return base, outside
