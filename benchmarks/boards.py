@@ -3,7 +3,8 @@
     python benchmarks/boards.py --table ncnn_boards.csv [--draws 20] [--all] [--write FOLDER]
 
 The table has a row a board, model and number of threads (columns device, block, model, family,
-int8, unit, threads, powersave, min_ms); what runs on the CPU with 20 models or more is used. Printed are
+int8, unit, threads, powersave, min_ms); what runs on the CPU with 20 models or more is used.
+Printed are
 
 1. from the table alone: a board is left out, with all boards of its chip; ten of its models at one
    number of threads are drawn, and the others predicted (`edgepass.cost.fleet_near`); beside it one
