@@ -151,6 +151,19 @@ class Architecture:
                 )
         return [features for _, features in described if features is not None]
 
+    def prepared(
+        self, recipe: str, target: str | Target, *, dims: Mapping[str, int] | None = None
+    ) -> ir.Model:
+        """The graph as a recipe would save it, to change at will. Weights that were absent still
+        are, and so are the numbers of a quantization.
+
+        Raises:
+            EdgepassError: no such recipe or target, or the recipe does not suit the model.
+        """
+        chosen = sort_by_stage([*parse_recipe(recipe), *self.passes])
+        context = Context(get_target(target), None, default_dims(self.graph, dims))
+        return self._prepare(chosen, context)[1].clone()
+
     def _prepare(self, chosen: Sequence[Pass], context: Context) -> Priced:
         """The graph that a recipe leaves, at the sizes and as saved; what could not be done."""
         assert context.target is not None

@@ -14,7 +14,7 @@ import os
 import platform
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,8 +30,11 @@ from .profile import ClassModel, HeldOut, Interval, Profile, Setting
 from .profiles import cpu_name
 
 Array = NDArray[np.float64]
-Prepare = Callable[[ir.Model], tuple[ir.Model, Mapping[str, str]]]
-"""Applies a recipe to a network without weights: a runnable model, and session options."""
+Prepare = Callable[[ir.Model], tuple[ir.Model, Mapping[str, str]] | None]
+"""Applies a recipe to a network without weights: a runnable model, and session options; or None
+for a network that teaches nothing about the recipe."""
+ReadyNet = tuple[str, str, ir.Model, Mapping[str, str]]
+"""Name, recipe, runnable model, session options."""
 ProgressCall = Callable[[int, int, str], None]
 
 BATCH = 8
@@ -72,24 +75,17 @@ def calibrate_host(
     started = time.monotonic()
     end = started + budget_s * (1 - FIT_SHARE)
     tell = progress or _silent
-    first = next(iter(recipes.values()))
     nets: list[NetTime] = []
     count = 0
     if not threads or min(threads) < 1:
         raise UsageError(f"Thread counts must be above zero: {list(threads)}")
-    with Bench(threads, reference=first(synthetic_net(REFERENCE).model)[0]) as bench:
+    with Bench(threads, reference=reference_network(recipes)) as bench:
         while True:
             spent = time.monotonic() - started
             if count and time.monotonic() + spent / count * BATCH > end:
                 break
             tell(int(spent), int(budget_s), f"{count} networks measured")
-            models = []
-            for index in range(count, count + BATCH):
-                net = synthetic_net(index)
-                for recipe, prepare in recipes.items():
-                    model, options = prepare(net.model.clone())
-                    models.append((net.name, recipe, model, options))
-            nets += bench.run(models)
+            nets += bench.run(ready_networks(recipes, range(count, count + BATCH)))
             count += BATCH
         speeds = {count: bench.speed(count) for count in threads}
     tell(int(time.monotonic() - started), int(budget_s), "fitting")
@@ -113,6 +109,24 @@ def calibrate_host(
         kernels=_sample(nets),
         notes=(f"{sum(len(net.kernels) for net in nets)} kernels timed",),
     )
+
+
+def reference_network(recipes: Mapping[str, Prepare]) -> ir.Model | None:
+    """The network that tells how fast the machine is, under the first recipe."""
+    made = next(iter(recipes.values()))(synthetic_net(REFERENCE).model)
+    return None if made is None else made[0]
+
+
+def ready_networks(recipes: Mapping[str, Prepare], indices: Iterable[int]) -> list[ReadyNet]:
+    """Networks by number under every recipe, as a bench takes them."""
+    found = []
+    for index in indices:
+        net = synthetic_net(index)
+        for recipe, prepare in recipes.items():
+            made = prepare(net.model.clone())
+            if made is not None:
+                found.append((net.name, recipe, *made))
+    return found
 
 
 def _host(speed: float) -> dict[str, Any]:

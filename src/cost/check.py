@@ -14,10 +14,16 @@ from typing import Any
 import numpy as np
 
 from ..errors import CalibrationError
-from .calibrate import Prepare, ProgressCall, kernel_times, profiling_overhead
+from .calibrate import (
+    Prepare,
+    ProgressCall,
+    kernel_times,
+    profiling_overhead,
+    ready_networks,
+    reference_network,
+)
 from .latency import main_dtype
 from .microbench import Bench, NetTime
-from .microbench_nets import REFERENCE, synthetic_net
 from .profile import Profile
 
 _BATCH = 3
@@ -103,18 +109,12 @@ def check_profile(
     """
     count = threads or min(setting.threads for setting in profile.settings)
     end = time.monotonic() + budget_s
-    first = next(iter(recipes.values()))
     nets: list[NetTime] = []
     done = 0
-    with Bench([count], reference=first(synthetic_net(REFERENCE).model)[0]) as bench:
+    with Bench([count], reference=reference_network(recipes)) as bench:
         while not done or time.monotonic() < end:
-            models = []
-            for index in range(1 + done * _STEP, 1 + (done + _BATCH) * _STEP, _STEP):
-                net = synthetic_net(index)
-                for recipe, prepare in recipes.items():
-                    model, options = prepare(net.model.clone())
-                    models.append((net.name, recipe, model, options))
-            nets += bench.run(models)
+            chosen = range(1 + done * _STEP, 1 + (done + _BATCH) * _STEP, _STEP)
+            nets += bench.run(ready_networks(recipes, chosen))
             done += _BATCH
             if progress is not None:
                 left = max(0, int(end - time.monotonic()))
