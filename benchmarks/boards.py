@@ -10,9 +10,12 @@ Printed are
    number of threads are drawn, and the others predicted (`edgepass.cost.fleet_near`); beside it one
    scalar times another board's times, that of the board that fits the ten best, by the mean or by
    the median error;
-2. from graphs (`board_nets.py`): the same boards left out, and besides a family of networks from
-   everything; the family is predicted from ten of the board's other models, and from all of them.
-   `--all` does so for every board, not only for those with a profile.
+2. from graphs (`board_nets.py`), as `edgepass calibrate --from --prior fleet-ncnn` does: the same
+   boards left out, ten of their networks given, and the others, which other boards have run,
+   predicted; beside it one scalar;
+3. the same, and besides a family of networks left out of everything; the family is predicted from
+   ten of the board's other models, and from all of them. `--all` does so for every board, not only
+   for those with a profile.
 
 `--write` fits the profiles, each with its error on families held out, and the fleet's.
 """
@@ -23,8 +26,9 @@ import argparse
 import collections
 import csv
 import dataclasses
+import datetime
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +38,7 @@ import numpy as np
 from edgepass.cost.features import Features
 from edgepass.cost.fleet import Fleet, Timing, fit_fleet
 from edgepass.cost.fleet_near import TimesPrior
-from edgepass.cost.fleet_terms import design, in_integers
+from edgepass.cost.fleet_terms import in_integers
 from edgepass.cost.kernels import kernels
 from edgepass.cost.latency import describe
 from edgepass.cost.profile import HeldOut, Interval
@@ -64,7 +68,7 @@ SHIPPED = {
     "rk3399": ("Rockchip RK3399", "2x Cortex-A72 1.8 GHz"),
     "khadas-vim3": ("Khadas VIM3", "Amlogic A311D, 4x Cortex-A73 2.2 GHz"),
     "snapdragon-855-plus": ("Qualcomm SM8150-AC", "Kryo 485 2.96 GHz"),
-    "snapdragon-888": ("Qualcomm Snapdragon 888", "Cortex-X1 2.84 GHz, 3x Cortex-A78"),
+    "radxa-zero-3w": ("Radxa Zero 3W", "Rockchip RK3566, 4x Cortex-A55 1.4 GHz"),
 }
 
 
@@ -242,14 +246,74 @@ def _predicted(
     names = np.array([model for model in run.ms if model in kept])
     samples = [("all", names)]
     samples += [("ten", random.permutation(names)[:TEN]) for _ in range(draws)]
-    wanted = design([models[model] for model in held])
     for given, drawn in samples:
-        rows = design([models[model] for model in drawn])
-        ms = np.array([run.ms[model] for model in drawn])
-        misfit = np.array([fleet.misfit.get(model, 0.0) for model in drawn])
-        times = wanted.times(fleet.adapt_rates(rows, ms, misfit))
-        for model, predicted in zip(held, times, strict=True):
-            yield Proof(run, model, given, float(np.log(predicted / run.ms[model])))
+        yield from _from(fleet, run, models, drawn, held, given)
+
+
+def _from(
+    fleet: Fleet,
+    run: Run,
+    models: Mapping[str, Sequence[Features]],
+    drawn: Iterable[str],
+    held: Iterable[str],
+    given: str,
+) -> Iterator[Proof]:
+    """Errors of a profile that is fitted as `edgepass calibrate --from --prior` does."""
+    timed = [(models[model], run.ms[model]) for model in drawn]
+    unproved: Any = {run.threads: {}}
+    profile = fleet.adapt(
+        {run.threads: timed},
+        name="board",
+        device=run.device,
+        runtime="ncnn",
+        held_out=unproved,
+        intervals=unproved,
+    )
+    for model in held:
+        found = profile.predict(models[model], run.threads)
+        yield Proof(run, model, given, float(np.log(found.ms / run.ms[model])))
+
+
+def known_nets(
+    runs: Sequence[Run], models: Mapping[str, Sequence[Features]], draws: int
+) -> list[Proof]:
+    """Errors on boards left out of the fleet, of networks that the fleet's other boards have run.
+
+    Printed beside one scalar times another board's times, over the same draws and networks.
+    """
+    names = sorted({model for run in runs for model in run.ms if model in models})
+    logs = np.array([[np.log(run.ms.get(model, np.nan)) for model in names] for run in runs])
+    random = np.random.default_rng(0)
+    proofs: list[Proof] = []
+    scalars: dict[str, list[float]] = collections.defaultdict(list)
+    for chip in dict.fromkeys(run.chip for run in runs):
+        fleet = fit_fleet([t for run in runs if run.chip != chip for t in run.timings], models)
+        fleet = Fleet.from_profile(fleet.as_profile("fleet", runtime="ncnn", source="a table"))
+        others = logs[np.array([run.chip != chip for run in runs])]
+        for index, run in enumerate(runs):
+            if run.chip != chip:
+                continue
+            present = np.flatnonzero(~np.isnan(logs[index]))
+            for _ in range(draws):
+                drawn = random.permutation(present)
+                known, rest = drawn[:TEN], drawn[TEN:]
+                given, held = ([names[i] for i in part] for part in (known, rest))
+                proofs += list(_from(fleet, run, models, given, held, "ten"))
+                for name, found in _one_scalar(others, known, logs[index, known], rest).items():
+                    off = np.expm1(found - logs[index, rest])
+                    scalars[name] += off[~np.isnan(off)].tolist()
+    boards = len({run.device for run in runs})
+    print(f"\nFrom graphs, ten of a board's models, networks known from others: {boards} boards")
+    print(f"  fleet                {_of(proofs)}   n = {len(proofs)}")
+    for name, errors in scalars.items():
+        print(f"  {name:20} {figures(errors)}   n = {len(errors)}")
+    for dtype in ("float32", "int8"):
+        print(f"  fleet, {dtype:13} {_of([p for p in proofs if _dtype(p.model) == dtype])}")
+    for low, high in ((1, 1), (2, 2), (4, 4), (5, 999)):
+        chosen = [p for p in proofs if low <= p.run.threads <= high]
+        label = f"fleet, {low} thread(s)" if low == high else "fleet, more threads"
+        print(f"  {label:20} {_of(chosen)}")
+    return proofs
 
 
 def print_proofs(proofs: Sequence[Proof]) -> None:
@@ -290,12 +354,14 @@ def write_profiles(
     folder: Path,
     runs: Sequence[Run],
     models: Mapping[str, Sequence[Features]],
+    known_proofs: Sequence[Proof],
     proofs: Sequence[Proof],
 ) -> None:
     """The profiles of `SHIPPED` and the fleet's."""
     about = {
         "runtime": "ncnn",
         "runtime_version": "as published with each board",
+        "date": datetime.date.today().isoformat(),
         "notes": [
             "ncnn computes float32 models in float16 where the CPU has it (Armv8.2)",
             "other runtimes differ: compare recipes and architectures, not milliseconds",
@@ -306,13 +372,14 @@ def write_profiles(
         own = settings_of(runs, named)
         chip = own[0].chip
         elsewhere = [p for p in proofs if p.run.chip != chip]
+        near = [p for p in known_proofs if p.run.chip != chip]
         fleet = fit_fleet([t for run in runs if run.chip != chip for t in run.timings], models)
         samples, held_out, intervals = {}, {}, {}
         for run in own:
             known = [model for model in run.ms if model in models]
             samples[run.threads] = [(models[m], run.ms[m]) for m in known]
             mine = [p for p in proofs if p.run is run and p.given == "all"]
-            intervals[run.threads] = _intervals(elsewhere, "all")
+            intervals[run.threads] = _intervals(near, elsewhere, "all")
             held_out[run.threads] = _held_out(mine, intervals[run.threads])
         profile = fleet.adapt(
             samples,
@@ -326,18 +393,22 @@ def write_profiles(
             **about,
         )
         print(profile.save(folder / f"{name}.json"))
-    fleet = dataclasses.replace(whole, intervals=_intervals(proofs, "ten"))
+    fleet = dataclasses.replace(whole, intervals=_intervals(known_proofs, proofs, "ten"))
     source = f"timings of ncnn's benchmark (its README) on {len({r.device for r in runs})} devices"
     print(fleet.as_profile("fleet-ncnn", source=source, **about).save(folder / "fleet-ncnn.json"))
 
 
-def _intervals(proofs: Sequence[Proof], given: str) -> dict[str, Interval]:
-    """Where 80 % of the truths lay, over predictions."""
+def _intervals(known: Sequence[Proof], new: Sequence[Proof], given: str) -> dict[str, Interval]:
+    """Where 80 % of the truths lay, over predictions: of known networks, and wider of new ones."""
     found = {}
     for dtype in ("float32", "int8"):
-        truths = [-p.error for p in proofs if p.given == given and _dtype(p.model) == dtype]
-        low, high = np.exp(np.quantile(truths, (0.1, 0.9)))
-        found[dtype] = Interval(float(low), float(high))
+        near = [-p.error for p in known if _dtype(p.model) == dtype]
+        far = [-p.error for p in new if p.given == given and _dtype(p.model) == dtype]
+        low, high = np.quantile(near, (0.1, 0.9))
+        widths = np.diff(np.quantile(far, (0.1, 0.9)))[0] / (high - low)
+        found[dtype] = Interval(
+            float(np.exp(low)), float(np.exp(high)), float(max(0.0, widths - 1.0))
+        )
     return {**found, "": found["float32"]}
 
 
@@ -348,7 +419,7 @@ def _held_out(proofs: Sequence[Proof], intervals: Mapping[str, Interval]) -> dic
         if not len(truths):
             continue
         off = np.abs(np.exp(-truths) - 1.0)
-        low, high = intervals[dtype].low, intervals[dtype].high
+        low, high = intervals[dtype].around(1.0, 1.0)
         found[dtype] = HeldOut(
             models=len(truths),
             median_error=float(np.median(off)),
@@ -375,10 +446,11 @@ def main() -> None:
     models = {name: parts for name, parts in known.items() if name in families}
     shipped = [run for named, _ in SHIPPED.values() for run in settings_of(runs, named)]
     chosen = runs if arguments.all else shipped
+    known_proofs = known_nets(runs, models, min(arguments.draws, 5))
     proofs = graph_based(runs, chosen, models, families, min(arguments.draws, 5))
     print_proofs(proofs)
     if arguments.write is not None:
-        write_profiles(arguments.write, runs, models, proofs)
+        write_profiles(arguments.write, runs, models, known_proofs, proofs)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 
 from ..errors import ProfileError
 from .features import Features
+from .fleet_nets import KnownNets
 from .fleet_terms import NAMES, RATES, Design, design, setting
-from .profile import HeldOut, Interval, Profile, Setting
+from .profile import Correction, HeldOut, Interval, Profile, Setting
 
 Array = NDArray[np.float64]
 
@@ -36,7 +37,7 @@ _COMMON = 0.3  # variance of what all rates of a device share
 _PRIOR_WEIGHT = 8.0  # devices that the assumed covariance counts for
 _DRIFT = 0.4  # by how much rates may differ from where fitting starts, beside the speed
 _MISFIT = 0.1  # deviation of what all devices have in common in one model
-
+_FLEET_COUNT = 10  # held-out models that the fleet's interval counts for
 
 _UNPROVED: Mapping[str, Interval] = {"": Interval(1 / 1.5, 1.5)}
 """Where nothing was held out: twice as wide as what was found for ncnn's boards."""
@@ -67,7 +68,8 @@ class Fleet:
 
     `devices`: (device, threads, block) in the order of `rates`, logarithms, [devices, rates].
     `misfit`: model -> what devices have in common in it that its kernels do not explain, as a
-    logarithm. `intervals`: 80 % intervals of devices adapted to, by what models compute in.
+    logarithm. `intervals`: 80 % intervals of devices adapted to, by what models compute in, for
+    networks that the fleet has not run. `nets`: those that it has run.
     """
 
     mean: Array
@@ -76,6 +78,7 @@ class Fleet:
     rates: Array = dataclasses.field(default_factory=lambda: np.zeros((0, len(NAMES))))
     misfit: Mapping[str, float] = dataclasses.field(default_factory=dict)
     intervals: Mapping[str, Interval] = dataclasses.field(default_factory=dict)
+    nets: KnownNets | None = None
 
     @classmethod
     def from_profile(cls, profile: Profile) -> Fleet:
@@ -91,11 +94,21 @@ class Fleet:
                 why="it does not say how devices vary, or names other rates",
                 fix="give a fleet's, such as fleet-ncnn",
             )
-        return cls(
-            np.array(found["mean"], float),
-            np.array(found["covariance"], float),
-            intervals=profile.settings[0].intervals,
-        )
+        try:
+            nets = found.get("nets")
+            return cls(
+                np.array(found["mean"], float).reshape(len(NAMES)),
+                np.array(found["covariance"], float).reshape(len(NAMES), len(NAMES)),
+                intervals=profile.settings[0].intervals,
+                nets=KnownNets.from_dict(nets) if nets else None,
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ProfileError(
+                "The fleet in the profile is damaged",
+                where=profile.name,
+                why=f"{type(error).__name__}: {error}",
+                fix="take the one that ships",
+            ) from error
 
     def as_profile(
         self, name: str, *, runtime: str, target: str = "arm64", **facts: Any
@@ -110,7 +123,9 @@ class Fleet:
             if len({self.devices[i][0] for i in chosen}) >= 3:
                 typical = setting(self.rates[chosen].mean(0), threads)
                 settings.append(dataclasses.replace(typical, intervals=dict(self.intervals)))
-        shape = {"rates": list(NAMES), "mean": self.mean.tolist()}
+        shape: dict[str, Any] = {"rates": list(NAMES), "mean": self.mean.tolist()}
+        if self.nets is not None:
+            shape["nets"] = self.nets.as_dict()
         return Profile(
             name=name,
             device=f"the typical one of {len({device for device, _, _ in self.devices})}",
@@ -133,6 +148,20 @@ class Fleet:
         result: Array = found[0]
         return result
 
+    def fit_device(
+        self, models: Sequence[Sequence[Features]], ms: Array
+    ) -> tuple[Array, Correction | None]:
+        """Logarithms of a device's rates, and what known networks take besides."""
+        rows = design(models)
+        position = np.full(len(ms), -1) if self.nets is None else self.nets.find(models)
+        chosen = position >= 0
+        if self.nets is None or not chosen.any():
+            return self.adapt_rates(rows, ms), None
+        misfit = np.where(chosen, self.nets.misfit[position], 0.0)
+        rates = self.adapt_rates(rows, ms, misfit)
+        wanted = self.nets.predict(position[chosen], np.log(ms[chosen]))
+        return rates, self.nets.correction(wanted - np.log(self.nets.rows.times(rates)))
+
     def adapt(
         self,
         samples: Mapping[int, Sequence[tuple[Sequence[Features], float]]],
@@ -148,6 +177,10 @@ class Fleet:
     ) -> Profile:
         """A device's profile from threads -> (kernels of a model, milliseconds).
 
+        Without `held_out` and `intervals` (both by threads), each model is left out in turn and
+        predicted by the others; intervals are the fleet's, as much narrower or wider as those
+        errors say.
+
         Raises:
             ProfileError: there are no samples, or a time is not above zero.
         """
@@ -155,19 +188,17 @@ class Fleet:
             raise ProfileError("No timings to fit a profile to", where=device, fix="give some")
         settings: list[Setting] = []
         for threads, items in sorted(samples.items()):
-            ms = np.array([value for _, value in items])
+            models, ms = [kernels for kernels, _ in items], np.array([value for _, value in items])
             if not (np.isfinite(ms).all() and (ms > 0).all()):
                 raise ProfileError(
                     "A timing is not above zero", where=device, fix="leave that model out"
                 )
-            logs = self.adapt_rates(design([kernels for kernels, _ in items]), ms)
-            settings.append(
-                dataclasses.replace(
-                    setting(logs, threads),
-                    held_out=dict((held_out or {}).get(threads, {})),
-                    intervals=dict((intervals or {}).get(threads, self.intervals or _UNPROVED)),
-                )
-            )
+            if held_out is None or intervals is None:
+                proofs, widths = self._proof(models, ms)
+            else:
+                proofs, widths = dict(held_out[threads]), dict(intervals[threads])
+            made = self._setting(models, ms, threads)
+            settings.append(dataclasses.replace(made, held_out=proofs, intervals=widths))
         return Profile(
             name=name,
             device=device,
@@ -178,6 +209,55 @@ class Fleet:
             measured="models",
             **facts,
         )
+
+    def _setting(self, models: Sequence[Sequence[Features]], ms: Array, threads: int) -> Setting:
+        rates, whole = self.fit_device(models, ms)
+        return dataclasses.replace(setting(rates, threads), whole=whole)
+
+    def _proof(
+        self, models: Sequence[Sequence[Features]], ms: Array
+    ) -> tuple[dict[str, HeldOut], dict[str, Interval]]:
+        """The error on models left out one at a time, and intervals by it; needs five models."""
+        fleet = self.intervals or _UNPROVED
+        if self._setting(models, ms, 1).whole is None:  # all networks are new to the fleet
+            fleet = {name: _of_new_nets(interval) for name, interval in fleet.items()}
+        if len(ms) < 5:
+            return {}, dict(fleet)
+        truths, inside = np.empty(len(ms)), []
+        for left in range(len(ms)):
+            kept = np.arange(len(ms)) != left
+            made = self._setting([m for m, k in zip(models, kept, strict=True) if k], ms[kept], 1)
+            made = dataclasses.replace(made, intervals=fleet)
+            alone = Profile("", "", "", "", "", (made,)).predict(models[left])
+            truths[left] = np.log(ms[left] / alone.ms)
+            inside.append(alone.low_ms <= ms[left] <= alone.high_ms)
+        off = np.abs(np.expm1(-truths))
+        proof = HeldOut(
+            models=len(ms),
+            median_error=float(np.median(off)),
+            within_10=float((off <= 0.1).mean()),
+            within_20=float((off <= 0.2).mean()),
+            coverage=float(np.mean(inside)),
+            method="leaving out one model at a time",
+        )
+        return {"": proof}, {name: _scaled(interval, truths) for name, interval in fleet.items()}
+
+
+def _of_new_nets(interval: Interval) -> Interval:
+    """The interval where no network is known."""
+    wider = 1.0 + interval.novel
+    return Interval(interval.low**wider, interval.high**wider)
+
+
+def _scaled(interval: Interval, truths: Array) -> Interval:
+    """The interval as wide as models held out say, weighed against what the fleet says.
+
+    80 % of a Gaussian are within 1.28 deviations, half within 0.67.
+    """
+    own = 1.28 / 0.67 * float(np.median(np.abs(truths)))
+    before = 0.5 * float(np.log(interval.high / interval.low))
+    factor = (len(truths) * own + _FLEET_COUNT * before) / ((len(truths) + _FLEET_COUNT) * before)
+    return dataclasses.replace(interval, low=interval.low**factor, high=interval.high**factor)
 
 
 def fit_fleet(timings: Sequence[Timing], models: Mapping[str, Sequence[Features]]) -> Fleet:
@@ -201,7 +281,8 @@ def fit_fleet(timings: Sequence[Timing], models: Mapping[str, Sequence[Features]
     weights = np.array([count[device] ** -0.5 for device, _, _ in devices])
     fitted = fit_rates(logs, design([models[name] for name in names]), weights)
     misfit = dict(zip(names, fitted.misfit.tolist(), strict=True))
-    return Fleet(fitted.mean, fitted.covariance, tuple(devices), fitted.rates, misfit)
+    nets = KnownNets.learn(logs, {name: models[name] for name in names}, fitted.misfit, weights)
+    return Fleet(fitted.mean, fitted.covariance, tuple(devices), fitted.rates, misfit, nets=nets)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

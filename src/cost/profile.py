@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from ..errors import ProfileError
 from .features import Features
+from .whole_model import coordinates
 
 FORMAT = 1
 """The version of the JSON. Readers refuse a newer one."""
@@ -107,7 +108,7 @@ class Interval:
     """Where 80 % of the truths lie, as factors on the prediction.
 
     `novel`: how much wider, in units of the width in logarithms, where all time is in kernels of
-    novelty 1.
+    novelty 1, or the model is unlike all that a correction of whole models knows.
     """
 
     low: float
@@ -146,8 +147,9 @@ class HeldOut:
 class Setting:
     """One way of running: the number of threads, and the classes fitted for it.
 
-    A model takes `scale` times the sum of its kernels plus `per_kernel_ms` for each. `intervals`
-    and `held_out` are by what the model computes in ("float32", "int8"), "" for the others.
+    A model takes `scale` times the sum of its kernels plus `per_kernel_ms` for each, times `whole`
+    at its `whole_model.coordinates`. `intervals` and `held_out` are by what the model computes in
+    ("float32", "int8"), "" for the others.
     """
 
     threads: int
@@ -156,6 +158,7 @@ class Setting:
     per_kernel_ms: float = 0.0
     intervals: Mapping[str, Interval] = dataclasses.field(default_factory=dict)
     held_out: Mapping[str, HeldOut] = dataclasses.field(default_factory=dict)
+    whole: Correction | None = None
 
     def find(self, found: Features) -> tuple[str, float]:
         """The class that prices a kernel, and 0 for its own, more for a relative's; '' for none."""
@@ -228,13 +231,19 @@ class Profile:
         *,
         dtype: str = "float32",
         assumed: Callable[[int], float | None] | None = None,
+        spread: float = 3.0,
     ) -> Prediction:
         """The latency of a model from its kernels; None stands for one of unknown shape.
 
         `dtype`: what the model mostly computes in, for the interval. `assumed`: prices the kernel
-        at a position where the profile has no class for it.
+        at a position where the profile has no class for it, within a factor of `spread`.
         """
         setting = self.setting(threads)
+        factor, unlike = 1.0, 0.0
+        if setting.whole is not None:
+            where = coordinates(kernels)[None]
+            factor = float(setting.whole.factors(where)[0])
+            unlike = float(setting.whole.novelty(where)[0])
         by_class: dict[str, list[int]] = {}
         penalty: dict[int, float] = {}
         times: list[float | None] = [None] * len(kernels)
@@ -256,13 +265,16 @@ class Profile:
         for name, indices in by_class.items():
             chosen = [found for i in indices if (found := kernels[i]) is not None]
             ms, novelty = setting.classes[name].predict(chosen)
-            ms = ms * setting.scale + setting.per_kernel_ms
+            ms = factor * (ms * setting.scale + setting.per_kernel_ms)
             for index, value, distance in zip(indices, ms, novelty, strict=True):
                 times[index] = float(value)
                 novel += float(value) * max(penalty[index], float(distance))
         total = math.fsum(value for value in times if value is not None)
         share = novel / total if total else 0.0
-        low, high = setting.interval(dtype).around(total, share)
+        fitted = total - guessed
+        strange = (novel - guessed) / fitted if fitted > 0 else 0.0
+        low, high = setting.interval(dtype).around(fitted, max(strange, unlike))
+        low, high = low + guessed / spread, high + guessed * spread
         return Prediction(
             total,
             low,
@@ -373,6 +385,7 @@ def _setting_dict(setting: Setting) -> dict[str, Any]:
         "per_kernel_ms": setting.per_kernel_ms,
         "held_out": {k: dataclasses.asdict(v) for k, v in setting.held_out.items()},
         "intervals": {k: dataclasses.asdict(v) for k, v in setting.intervals.items()},
+        **({} if setting.whole is None else {"whole": correction_dict(setting.whole)}),
         "classes": {name: _class_dict(setting.classes[name]) for name in sorted(setting.classes)},
     }
 
@@ -440,6 +453,7 @@ def _read_setting(data: Mapping[str, Any]) -> Setting:
         per_kernel_ms=float(data.get("per_kernel_ms", 0.0)),
         intervals={k: Interval(**v) for k, v in data.get("intervals", {}).items()},
         held_out={k: HeldOut(**v) for k, v in data.get("held_out", {}).items()},
+        whole=read_correction(data["whole"]) if data.get("whole") else None,
     )
 
 
