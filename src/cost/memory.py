@@ -65,11 +65,10 @@ def activation_memory(
     - constants, and what is computed from constants alone, are weights and not counted;
     - a node with a subgraph or a called function adds the peak of its body.
     """
-    quantized = is_quantized(model, plan) or (storage is not None and not storage.is_plain)
-    if quantized or (target is not None and target.runtime is Runtime.TVM):
+    tvm = target is not None and target.runtime is Runtime.TVM
+    if tvm or (target is None and is_quantized(model, plan)):
         storage = storage or storage_for(model, target, plan, dims)
-        planned = target is None or target.runtime is not Runtime.TVM
-        return node_activation_memory(model, storage, planned=planned)
+        return node_activation_memory(model, storage, planned=not tvm)
     if dims is None and storage is not None:
         dims = storage.dims
     if graph is None:

@@ -7,10 +7,10 @@ rules were found by holding graphs that sessions saved beside ours. Not here: pa
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import onnx_ir as ir
 
-from ..ir.graph import constant_scalar
 from ..targets.target import Target
 from .ort_fusions import fuse_pairs, join_slices, tidy
 from .ort_nchwc import block_channels
@@ -24,12 +24,8 @@ def simplify(graph: RuntimeGraph, target: Target) -> None:
     push_transposes(graph)
     join_slices(graph)
     for op in graph:
-        if op not in graph:
-            continue
-        if op.is_onnx("MatMul"):
+        if op in graph and op.is_onnx("MatMul"):
             _add_bias(graph, op)
-        elif op.is_onnx("Gather"):
-            _split(graph, op)
     graph.sort()
 
 
@@ -70,34 +66,6 @@ def _add_bias(graph: RuntimeGraph, op: Op) -> None:
     graph.add(Op("Reshape", "", [product], [final]))
 
 
-def _split(graph: RuntimeGraph, op: Op) -> None:
-    """Gathers that take each slice of an axis in turn: one Split, and views."""
-    data = op.inputs[0]
-    if data is None or data.shape is None or data.constant:
-        return
-    axis = int(op.attribute("axis", 0)) % len(data.shape)
-    parts = [u for u in data.users if u.is_onnx("Gather") and u.inputs[0] is data]
-    if len(parts) != len(data.users) or len(parts) != data.shape[axis] or data.is_output:
-        return
-    if len(parts) < 2:
-        return
-    if any(int(u.attribute("axis", 0)) % len(data.shape) != axis for u in parts):
-        return
-    indices = [constant_scalar(u.inputs[1].source) if u.inputs[1] else None for u in parts]
-    if any(i is None for i in indices):
-        return
-    positions = sorted(int(i) % len(parts) for i in indices if i is not None)
-    if positions != list(range(len(parts))):
-        return
-    shape = (*data.shape[:axis], 1, *data.shape[axis + 1 :])
-    origin = tuple(node for part in parts for node in part.origin)
-    pieces = [Tensor(f"{part.outputs[0].name}_split", shape, data.dtype) for part in parts]
-    graph.add(Op("Split", "", [data], list(pieces), {"axis": axis}, origin))
-    for part, piece in zip(parts, pieces, strict=True):
-        graph.remove(part)
-        graph.add(Op("Squeeze", "", [piece], [part.outputs[0]]))
-
-
 _GEMM_TYPES = (ir.DataType.FLOAT, ir.DataType.DOUBLE)
 
 
@@ -107,7 +75,7 @@ def fuse(graph: RuntimeGraph, target: Target) -> None:
     for op in graph:
         if op in graph and op.is_onnx("Conv", "Gemm"):
             _fuse_activation(graph, op, target)
-        elif op in graph and op.is_onnx("MatMul"):
+        elif op in graph and (op.is_onnx("MatMul") or op.type == "FusedMatMul"):
             _take_transposes(graph, op)
     for op in graph:
         if op in graph and op.type in ("MatMul", "FusedMatMul"):
@@ -122,21 +90,25 @@ def fuse(graph: RuntimeGraph, target: Target) -> None:
 
 
 def _take_transposes(graph: RuntimeGraph, op: Op) -> None:
-    """Matrix products read an operand whose last two dimensions are swapped as it was before."""
-    if any(t is None or t.shape is None or len(t.shape) < 2 for t in op.inputs):
+    """Matrix products read an operand whose last two dimensions are swapped as it was before.
+
+    So they do where in both the rows come first of all, before the batch: (rows, batch, columns).
+    """
+    if any(t is None or t.shape is None or len(t.shape) < 2 for t in op.inputs[:2]):
         return
-    flags = {}
-    for index, flag in ((0, "transA"), (1, "transB")):
+    found = [_swap(op.inputs[index]) for index in (0, 1)]
+    if found[0] is None or found[1] is None or found[0].batch != found[1].batch:
+        found = [None if swap is None or swap.batch else swap for swap in found]
+    flags: dict[str, int] = {}
+    for index, swap in enumerate(found):
         source = op.inputs[index]
-        maker = source.producer if source is not None else None
-        if maker is None or not maker.is_onnx("Transpose") or source is None:
+        if swap is None or source is None or source.producer is None:
             continue
-        rank = len(source.shape or ())
-        swapped = [*range(rank - 2), rank - 1, rank - 2]
-        if list(maker.attribute("perm") or reversed(range(rank))) != swapped:
-            continue
+        maker = source.producer
         graph.set_input(op, index, maker.inputs[0])
-        flags[flag] = 1
+        side = "AB"[index]
+        flags[f"trans{side}"] = int(op.attribute(f"trans{side}", 0)) ^ swap.last
+        flags[f"transBatch{side}"] = int(op.attribute(f"transBatch{side}", 0)) or swap.batch
         if not source.users and not source.is_output:
             graph.remove(maker)
             op.origin = maker.origin + op.origin
@@ -144,6 +116,28 @@ def _take_transposes(graph: RuntimeGraph, op: Op) -> None:
         op.type, op.domain = "FusedMatMul", CONTRIB
         op.attributes = {**op.attributes, **flags}
         graph.renew(op)
+
+
+class _Swap(NamedTuple):
+    """How a Transpose brings an operand into the order of a product."""
+
+    last: int
+    batch: int
+
+
+def _swap(source: Tensor | None) -> _Swap | None:
+    maker = source.producer if source is not None else None
+    if source is None or maker is None or not maker.is_onnx("Transpose"):
+        return None
+    rank = len(source.shape or ())
+    perm = list(maker.attribute("perm") or reversed(range(rank)))
+    if perm == [*range(rank - 2), rank - 1, rank - 2]:
+        return _Swap(1, 0)
+    if rank > 2 and perm == [*range(1, rank - 1), 0, rank - 1]:
+        return _Swap(0, 1)
+    if rank > 2 and perm == [*range(1, rank), 0]:
+        return _Swap(1, 1)
+    return None
 
 
 def _take_scales(graph: RuntimeGraph, op: Op) -> None:

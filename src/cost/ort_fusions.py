@@ -30,6 +30,8 @@ def tidy(graph: RuntimeGraph) -> None:
             del op.inputs[1:]
         elif op.is_onnx("HardSwish"):
             _spell_hardswish(graph, op)
+        elif op.is_onnx("Mish"):
+            _spell_mish(graph, op)
         elif op.is_onnx("Conv"):
             _fold_behind(graph, op)
 
@@ -55,9 +57,9 @@ def _share(graph: RuntimeGraph) -> None:
 
 
 def join_slices(graph: RuntimeGraph) -> None:
-    """Slices that cut all of an axis into pieces, read by nothing else: one Split."""
+    """Slices and Gathers that cut all of an axis into pieces, read by nothing else: one Split."""
     for op in graph:
-        if op in graph and op.is_onnx("Slice") and op.inputs[0] is not None:
+        if op in graph and op.is_onnx("Slice", "Gather") and op.inputs[0] is not None:
             _join(graph, op.inputs[0])
 
 
@@ -84,19 +86,31 @@ def _join(graph: RuntimeGraph, data: Tensor) -> None:
     if place != data.shape[axis]:
         return
     order = sorted(zip(found, pieces, strict=True), key=lambda pair: pair[0] or (0, 0, 0))
-    outputs = [piece.outputs[0] for _, piece in order]
     origin = tuple(node for _, piece in order for node in piece.origin)
+    outputs, squeezed = [], []
+    for cut, piece in order:
+        result = piece.outputs[0]
+        if piece.type == "Gather" and cut is not None:
+            shape = (*data.shape[:axis], cut[2], *data.shape[axis + 1 :])
+            if result.shape != shape:  # by a number: the axis goes
+                squeezed.append((Tensor(f"{result.name}_split", shape, data.dtype), result))
+                result = squeezed[-1][0]
+        outputs.append(result)
     for piece in pieces:
         graph.remove(piece)
     graph.add(Op("Split", "", [data], outputs, {"axis": axis}, origin))
+    for part, result in squeezed:
+        graph.add(Op("Squeeze", "", [part], [result]))
 
 
 def _cut(op: Op, data: Tensor) -> tuple[int, int, int] | None:
-    """The axis, start and length of a Slice that leaves all other axes whole."""
+    """The axis, start and length of a Slice or Gather that leaves all other axes whole."""
     result = op.outputs[0].shape
-    if not op.is_onnx("Slice") or op.inputs[0] is not data or result is None:
+    if op.inputs[0] is not data or result is None or data.shape is None:
         return None
-    if data.shape is None or len(op.inputs) < 3 or op.inputs[1] is None:
+    if op.is_onnx("Gather"):
+        return _picked(op, data.shape)
+    if not op.is_onnx("Slice") or len(op.inputs) < 3 or op.inputs[1] is None:
         return None
     cut = [i for i, (a, b) in enumerate(zip(data.shape, result, strict=True)) if a != b]
     starts = op.inputs[1]
@@ -111,6 +125,16 @@ def _cut(op: Op, data: Tensor) -> tuple[int, int, int] | None:
     size = data.shape[cut[0]]
     first = int(start) if start >= 0 else int(start) + size
     return cut[0], first, result[cut[0]]
+
+
+def _picked(op: Op, shape: tuple[int, ...]) -> tuple[int, int, int] | None:
+    """The axis, place and 1 where a Gather takes one place of an axis."""
+    indices = op.inputs[1]
+    index = None if indices is None or indices.source is None else constant_scalar(indices.source)
+    if index is None:
+        return None
+    axis = int(op.attribute("axis", 0)) % len(shape)
+    return axis, int(index) % shape[axis], 1
 
 
 def fuse_pairs(graph: RuntimeGraph) -> None:
@@ -131,6 +155,15 @@ def _spell_hardswish(graph: RuntimeGraph, op: Op) -> None:
     gate = result.like(f"{result.name}_gate")
     graph.remove(op)
     graph.add(Op("HardSigmoid", "", [source], [gate], dict(_HARDSWISH)))
+    graph.add(Op("Mul", "", [source, gate], [result], {}, op.origin))
+
+
+def _spell_mish(graph: RuntimeGraph, op: Op) -> None:
+    source, result = op.inputs[0], op.outputs[0]
+    soft, gate = result.like(f"{result.name}_soft"), result.like(f"{result.name}_gate")
+    graph.remove(op)
+    graph.add(Op("Softplus", "", [source], [soft]))
+    graph.add(Op("Tanh", "", [soft], [gate]))
     graph.add(Op("Mul", "", [source, gate], [result], {}, op.origin))
 
 
@@ -163,10 +196,25 @@ def _fold_behind(graph: RuntimeGraph, op: Op) -> None:
 
 
 def _to_quick_gelu(graph: RuntimeGraph, op: Op) -> None:
+    """x * Sigmoid(x), or x * Sigmoid(number * x)."""
     source, gate = op.inputs[0], op.outputs[0]
     user = graph.only_user(gate)
     if user is None or not user.is_onnx("Mul") or source is None:
         return
+    scaled = source.producer
+    if not any(t is source for t in user.inputs) and scaled is not None:
+        if not scaled.is_onnx("Mul") or graph.only_user(source) is not op:
+            return
+        a, b = scaled.inputs
+        for data, number in ((a, b), (b, a)):
+            if number is None or data is None or not number.constant or number.elements != 1:
+                continue
+            if any(t is data for t in user.inputs):
+                graph.set_input(op, 0, data)
+                graph.remove(scaled)
+                op.origin = scaled.origin + op.origin
+                source = data
+                break
     if not any(t is source for t in user.inputs):
         return
     graph.remove(user)
@@ -185,7 +233,7 @@ def _to_skip_normalization(graph: RuntimeGraph, op: Op) -> None:
         return
     if int(op.attribute("axis", -1)) not in (-1, len(total.shape) - 1):
         return
-    if any(t is None or t.constant or t.shape != total.shape for t in add.inputs):
+    if any(t is None or t.shape != total.shape for t in add.inputs):
         return
     graph.remove(add)
     graph.remove(op)

@@ -142,6 +142,8 @@ class _Blocking:
             return
         if source.shape[1] % self.block or len(op.outputs) > 1 or op.outputs[0].shape is None:
             return
+        if op.type == "AveragePool" and op.attribute("ceil_mode", 0):  # MaxPool has a blocked form
+            return
         op.domain = NCHWC
         self._read_blocked(op, 0)
         self._publish(op)

@@ -98,7 +98,7 @@ class RuntimeGraph:
         self.ops: dict[Op, None] = {}
         self._count = 0
         self.tensors: dict[ir.Value, Tensor] = {}
-        folded = folded_values(graph)
+        folded = folded_values(graph, products=True)
         self.inputs = [
             self._tensor(v, dims, folded) for v in graph.inputs if not v.is_initializer()
         ]

@@ -283,10 +283,11 @@ def node_name(node: ir.Node) -> str:
     return node.name or (node.outputs[0].name if node.outputs else None) or ""
 
 
-def folded_values(graph: ir.Graph) -> frozenset[ir.Value]:
+def folded_values(graph: ir.Graph, *, products: bool = False) -> frozenset[ir.Value]:
     """Results of pure nodes with constant inputs only, and of Shape of a static shape.
 
     Runtimes compute them once. DequantizeLinear is not folded: that would undo the compression.
+    `products`: of weights by constants too.
     """
     folded: set[ir.Value] = set()
     for node in graph:
@@ -301,7 +302,7 @@ def folded_values(graph: ir.Graph) -> frozenset[ir.Value]:
             inputs
             and all(v in folded or constant_tensor(v) is not None for v in inputs)
             and is_pure(node)
-            and node.op_type not in _COMPUTE
+            and (products or node.op_type not in _COMPUTE)
         ):
             folded.update(node.outputs)
     return frozenset(folded)
