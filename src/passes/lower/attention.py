@@ -12,10 +12,12 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from ...ir import dims as dim_math
 from ...ir.edit import Builder
 from ...ir.graph import (
     CONTRIB_DOMAIN,
     AbsentTensor,
+    Dim,
     attribute,
     constant_array,
     constant_tensor,
@@ -74,7 +76,7 @@ def _read_projection(value: ir.Value, rank: int) -> _Projection | str:
     if found is None:
         return f"{value.name!r} is no product with a weight"
     source, weight, bias, more = found
-    rows = _with_rank(source, rank)
+    rows = _with_rows(source, dims_of(value), rank)
     if rows is None:
         return f"{value.name!r} is no product of (batch, length, width) rows"
     return _Projection(rows, weight, bias, start, start + width, (*nodes, *more))
@@ -123,14 +125,21 @@ def _constant_product(
     return source, weight, bias, nodes
 
 
-def _with_rank(value: ir.Value, rank: int) -> ir.Value | None:
-    """The value, or what it is reshaped from, that has this rank and as many columns."""
+def _with_rows(value: ir.Value, wanted: Sequence[Dim] | None, rank: int) -> ir.Value | None:
+    """The value, or what it is reshaped from, with as many columns and the wanted leading sizes.
+
+    Sequences may come first in what is multiplied: (length, 1, width) is no (1, length, width).
+    """
     columns = static_shape_tail(value)
+    if wanted is None or len(wanted) != rank or columns is None:
+        return None
     at: ir.Value | None = value
     while at is not None:
         dims = dims_of(at)
         if dims is not None and len(dims) == rank and dims[-1] == columns:
-            return at
+            lead = zip(dims[:-1], wanted[:-1], strict=True)
+            if all(dim_math.same(a, b) is True for a, b in lead):
+                return at
         node = at.producer()
         if node is None or not is_onnx_op(node, "Reshape"):
             return None
