@@ -62,13 +62,12 @@ SHIPPED = {
     "raspberry-pi-3b-plus": ("Raspberry Pi 3 Model B+", "4x Cortex-A53 1.4 GHz"),
     "raspberry-pi-4": ("Raspberry Pi 4 Model B", "4x Cortex-A72 1.8 GHz"),
     "raspberry-pi-zero-2-w": ("Raspberry Pi Zero 2 W", "4x Cortex-A53 1.0 GHz"),
-    "jetson-nano-ncnn": ("NVIDIA Jetson Nano", "4x Cortex-A57 1.43 GHz"),
-    "jetson-orin-nano-ncnn": ("NVIDIA Jetson Orin Nano", "6x Cortex-A78AE"),
+    "jetson-orin-nano": ("NVIDIA Jetson Orin Nano", "6x Cortex-A78AE 1.5 GHz"),
+    "jetson-agx-orin": ("NVIDIA Jetson AGX Orin", "12x Cortex-A78AE 2.2 GHz"),
     "rock-3a": ("Rock3A", "Rockchip RK3568, 4x Cortex-A55 2.0 GHz"),
     "rk3399": ("Rockchip RK3399", "2x Cortex-A72 1.8 GHz"),
     "khadas-vim3": ("Khadas VIM3", "Amlogic A311D, 4x Cortex-A73 2.2 GHz"),
     "snapdragon-855-plus": ("Qualcomm SM8150-AC", "Kryo 485 2.96 GHz"),
-    "radxa-zero-3w": ("Radxa Zero 3W", "Rockchip RK3566, 4x Cortex-A55 1.4 GHz"),
 }
 
 

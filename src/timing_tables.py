@@ -1,15 +1,19 @@
 """A profile from a table of timings of model files: `edgepass calibrate --from timings.csv`.
 
 Here: `profile_from_table`, which reads the table, loads every model and hands kernels and times to
-the fit. Not here: the fit (`cost.timings`), measuring this machine (`calibrating`).
+the fit. Not here: the fit (`cost.timings`, `cost.fleet`), measuring this machine (`calibrating`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import datetime
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from .architecture import Architecture
+from .cost.features import Features
+from .cost.fleet import LEAST, Fleet, is_fleet
 from .cost.profile import Profile
 from .cost.profiles import find_profile
 from .cost.timings import TimedModel, TimingRow, fit_timings, read_timings
@@ -35,7 +39,7 @@ def profile_from_table(
 
     Models are ONNX files, weights may be absent; relative paths start at the table's folder. They
     are priced as they are, by the kernels that `target`'s runtime makes of them. `prior`: a related
-    device's profile to start from, so that about ten timings are enough.
+    device's profile to start from, or a fleet's (fleet-ncnn), so that about ten timings are enough.
 
     Raises:
         ProfileError: the table can't be read, or there are too few timings.
@@ -51,15 +55,37 @@ def profile_from_table(
             progress(done, len(rows), row.model)
         samples.append(_timed(path, row, chip))
     label = name or path.stem
-    return fit_timings(
-        samples,
-        name=label,
-        device=device or label,
-        runtime=runtime,
-        target=chip.name,
-        source=f"{len(samples)} whole-model timings in {path.name}",
-        prior=related,
-        progress=progress,
+    facts: dict[str, Any] = {
+        "name": label,
+        "device": device or label,
+        "runtime": runtime,
+        "target": chip.name,
+        "source": f"{len(samples)} whole-model timings in {path.name}",
+    }
+    if related is not None and is_fleet(related):
+        return _one_of_a_fleet(samples, related, facts)
+    return fit_timings(samples, **facts, prior=related, progress=progress)
+
+
+def _one_of_a_fleet(
+    samples: Sequence[TimedModel], related: Profile, facts: Mapping[str, Any]
+) -> Profile:
+    """By how devices of the fleet vary: how its rates go together, and what networks it has run."""
+    by_threads: dict[int, list[tuple[Sequence[Features], float]]] = {}
+    for sample in samples:
+        by_threads.setdefault(sample.threads, []).append((sample.kernels, sample.ms))
+    for threads, chosen in by_threads.items():
+        if len(chosen) < LEAST:
+            raise ProfileError(
+                f"{len(chosen)} timings with {threads} thread(s) are too few",
+                where=facts["name"],
+                fix="time at least three models, ten for a profile that is worth much",
+            )
+    notes = [f"started from the profile {related.name!r}: {related.source}"]
+    if related.runtime != facts["runtime"]:
+        notes.append(f"that one is of {related.runtime}, these timings of {facts['runtime']}")
+    return Fleet.from_profile(related).adapt(
+        by_threads, **facts, date=datetime.date.today().isoformat(), notes=notes
     )
 
 

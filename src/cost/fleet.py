@@ -32,11 +32,14 @@ NOISE = 0.08
 """The deviation of a model's time from what rates say, relative."""
 FREEDOM = 4.0
 """Degrees of freedom of the errors: about one in ten is more than twice `NOISE` off."""
+LEAST = 3
+"""Timings of a device, by thread count, without which it can't be adapted to."""
 _SPREAD = 0.4  # of a rate beside the device's speed, before anything is learned
 _COMMON = 0.3  # variance of what all rates of a device share
 _PRIOR_WEIGHT = 8.0  # devices that the assumed covariance counts for
 _DRIFT = 0.4  # by how much rates may differ from where fitting starts, beside the speed
 _MISFIT = 0.1  # deviation of what all devices have in common in one model
+_OFTEN = 6  # devices with a number of threads, for a typical one to be told
 _FLEET_COUNT = 10  # held-out models that the fleet's interval counts for
 
 _UNPROVED: Mapping[str, Interval] = {"": Interval(1 / 1.5, 1.5)}
@@ -68,8 +71,8 @@ class Fleet:
 
     `devices`: (device, threads, block) in the order of `rates`, logarithms, [devices, rates].
     `misfit`: model -> what devices have in common in it that its kernels do not explain, as a
-    logarithm. `intervals`: 80 % intervals of devices adapted to, by what models compute in, for
-    networks that the fleet has not run. `nets`: those that it has run.
+    logarithm. `intervals`: 80 % intervals of devices adapted to, by what models compute in; as they
+    are for networks that the fleet has run (`nets`), wider by `Interval.novel` for others.
     """
 
     mean: Array
@@ -113,16 +116,17 @@ class Fleet:
     def as_profile(
         self, name: str, *, runtime: str, target: str = "arm64", **facts: Any
     ) -> Profile:
-        """The typical device, one setting for each number of threads that three devices have.
+        """The typical device, one setting for each number of threads that six devices have, or else
+        one for all.
 
         How devices vary is among the facts of the host, for `from_profile`.
         """
-        settings = []
-        for threads in sorted({count for _, count, _ in self.devices}):
-            chosen = [i for i, (_, count, _) in enumerate(self.devices) if count == threads]
-            if len({self.devices[i][0] for i in chosen}) >= 3:
-                typical = setting(self.rates[chosen].mean(0), threads)
-                settings.append(dataclasses.replace(typical, intervals=dict(self.intervals)))
+        settings = [setting(self.mean, 1)]
+        counted = Counter(count for _, count in {(device, n) for device, n, _ in self.devices})
+        often = sorted(threads for threads, number in counted.items() if number >= _OFTEN)
+        if often:
+            settings = [setting(self._typical(threads), threads) for threads in often]
+        settings = [dataclasses.replace(s, intervals=dict(self.intervals)) for s in settings]
         shape: dict[str, Any] = {"rates": list(NAMES), "mean": self.mean.tolist()}
         if self.nets is not None:
             shape["nets"] = self.nets.as_dict()
@@ -136,6 +140,11 @@ class Fleet:
             host={"fleet": {**shape, "covariance": self.covariance.tolist()}},
             **facts,
         )
+
+    def _typical(self, threads: int) -> Array:
+        chosen = [i for i, (_, count, _) in enumerate(self.devices) if count == threads]
+        found: Array = self.rates[chosen].mean(0)
+        return found
 
     def adapt_rates(self, rows: Design, ms: Array, misfit: Array | None = None) -> Array:
         """Logarithms of a device's most likely rates, given models and their milliseconds."""
@@ -159,7 +168,7 @@ class Fleet:
             return self.adapt_rates(rows, ms), None
         misfit = np.where(chosen, self.nets.misfit[position], 0.0)
         rates = self.adapt_rates(rows, ms, misfit)
-        wanted = self.nets.predict(position[chosen], np.log(ms[chosen]))
+        wanted = self.nets.times.predict(position[chosen], np.log(ms[chosen]))
         return rates, self.nets.correction(wanted - np.log(self.nets.rows.times(rates)))
 
     def adapt(
@@ -258,6 +267,11 @@ def _scaled(interval: Interval, truths: Array) -> Interval:
     before = 0.5 * float(np.log(interval.high / interval.low))
     factor = (len(truths) * own + _FLEET_COUNT * before) / ((len(truths) + _FLEET_COUNT) * before)
     return dataclasses.replace(interval, low=interval.low**factor, high=interval.high**factor)
+
+
+def is_fleet(profile: Profile) -> bool:
+    """Whether a profile says how devices vary, and is to be adapted rather than scaled."""
+    return isinstance(profile.host.get("fleet"), Mapping)
 
 
 def fit_fleet(timings: Sequence[Timing], models: Mapping[str, Sequence[Features]]) -> Fleet:

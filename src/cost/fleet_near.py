@@ -30,6 +30,10 @@ FLEET_WEIGHT = 10.0
 FLEET_SHARE = 0.25
 """Of the variance of all devices, what is left where near ones are known."""
 NOISE = 0.03
+PROTOTYPES = 40
+"""Groups of devices that are told apart where single ones are not kept."""
+LEAST_ALIKE = 3
+"""Devices in such a group."""
 _FREEDOM = 4.0
 _SPEED = 1.5  # deviation of devices' speeds, in logarithms
 _SHAPE = 0.1  # deviation of a model beside the speed, before anything is learned
@@ -82,6 +86,29 @@ class TimesPrior:
             covariance = (spread + _PRIOR_WEIGHT * assumed) / (share.sum() + _PRIOR_WEIGHT)
         return cls(np.where(there, logs, filled), share, covariance)
 
+    def condensed(self, most: int = PROTOTYPES, least: int = LEAST_ALIKE) -> TimesPrior:
+        """The typical devices of at most `most` groups of `least` or more, in place of the devices.
+
+        Groups are those of k-means on times beside a device's speed, from starts far apart.
+        """
+        shapes = self.logs - self.logs.mean(1, keepdims=True)
+        centers = shapes[[int(self.weights.argmax())]]
+        while len(centers) < min(most, len(shapes) // least):
+            apart = _apart(shapes, centers).min(1)
+            centers = np.vstack([centers, shapes[int(apart.argmax())]])
+        for _ in range(20):
+            nearest = _apart(shapes, centers).argmin(1)
+            sizes = np.bincount(nearest, minlength=len(centers))
+            if (sizes < least).any() and len(centers) > 1:  # the members go elsewhere
+                centers = np.delete(centers, int(sizes.argmin()), axis=0)
+                continue
+            groups = [nearest == index for index in range(len(centers))]
+            means = [np.average(shapes[g], axis=0, weights=self.weights[g]) for g in groups]
+            centers = np.array(means)
+        nearest = _apart(shapes, centers).argmin(1)
+        count: Array = np.bincount(nearest, self.weights, len(centers)).astype(float)
+        return TimesPrior(centers[count > 0], count[count > 0], self.covariance)
+
     def predict(self, known: NDArray[np.intp], logs: Array) -> Array:
         """Logarithms of a new device's times of all models, from those of `known`, [models].
 
@@ -111,3 +138,9 @@ class TimesPrior:
             noise = NOISE**2 * (1.0 + (noise * solved / NOISE) ** 2 / 3.0)
         found: Array = mean + covariance[:, known] @ solved + logs.mean()
         return found
+
+
+def _apart(shapes: Array, centers: Array) -> Array:
+    """Mean absolute differences, [shapes, centers]."""
+    found: Array = np.abs(shapes[:, None] - centers[None]).mean(2)
+    return found

@@ -24,6 +24,7 @@ from ..targets.target import Hardware, Target
 from .features import Features, Operand, features
 from .kernels import DEPTHWISE, Kernel
 from .profile import Prediction, Profile
+from .relative import RATIO_SPREAD, relative_ms
 from .runtime_graph import Tensor
 
 ASSUMED = "assumed"
@@ -102,14 +103,21 @@ class Latency:
 
 
 def latency(
-    found: Sequence[Kernel], target: Target, threads: int = 1, profile: Profile | None = None
+    found: Sequence[Kernel],
+    target: Target,
+    threads: int = 1,
+    profile: Profile | None = None,
+    described: Sequence[Features | None] | None = None,
 ) -> Latency:
     """The sum over kernels on `threads` cores, by the profile, or assumed where there is none.
 
     Threads are no more than the target has, and the nearest that the profile was fitted for.
+    `described` spares describing each kernel again.
     """
     if profile is not None:
-        return _calibrated(found, target, threads, profile)
+        if described is None:
+            described = [describe(kernel) for kernel in found]
+        return _calibrated(found, described, target, threads, profile)
     unknown = sum(1 for kernel in found if not kernel.is_known)
     reason = _missing_facts(target.hardware)
     if reason:
@@ -130,28 +138,41 @@ def latency(
     )
 
 
-def _calibrated(found: Sequence[Kernel], target: Target, threads: int, profile: Profile) -> Latency:
-    described = [describe(kernel) for kernel in found]
+def _calibrated(
+    found: Sequence[Kernel],
+    described: Sequence[Features | None],
+    target: Target,
+    threads: int,
+    profile: Profile,
+) -> Latency:
     dtype = main_dtype(described)
+    setting = profile.setting(threads)
 
-    def assumed(index: int) -> float | None:
-        return kernel_ms(found[index], target.hardware, threads)
+    def roofline(kernel: Kernel) -> float | None:
+        return kernel_ms(kernel, target.hardware, threads)
+
+    def assumed(index: int) -> tuple[float, float] | None:
+        ms = relative_ms(found[index], setting, describe, roofline)
+        if ms is not None:
+            return ms, RATIO_SPREAD
+        ms = roofline(found[index])
+        return None if ms is None else (ms, SPREAD)
 
     made: Prediction = profile.predict(described, threads, dtype=dtype, assumed=assumed)
-    held_out = profile.setting(threads).held_out
-    proof = held_out.get(dtype) or held_out.get("")
+    proof = setting.held_out.get(dtype) or setting.held_out.get("")
+    fitted = made.assumed <= 0.5
     return Latency(
         made.ms,
         made.low_ms,
         None if made.unknown else made.high_ms,
-        CALIBRATED if made.assumed <= 0.5 else ASSUMED,
+        CALIBRATED if fitted else ASSUMED,
         len(found),
         made.unknown,
         threads=made.threads,
         profile=profile.name,
         device=profile.device,
         runtime=profile.runtime,
-        held_out=str(proof) if proof is not None else "",
+        held_out=str(proof) if proof is not None and fitted else "",
         novel=made.novel,
         assumed=made.assumed,
         kernel_ms=made.kernel_ms,

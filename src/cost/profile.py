@@ -9,6 +9,7 @@ is said of a kernel (`features`).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -161,17 +162,25 @@ class Setting:
     whole: Correction | None = None
 
     def find(self, found: Features) -> tuple[str, float]:
-        """The class that prices a kernel, and 0 for its own, more for a relative's; '' for none."""
+        """The class that prices a kernel, and 0 for its own, more for a relative's; '' for none.
+
+        A family's class is a relative's only where operators of it have classes of their own.
+        """
         own, family = found.keys
         if own in self.classes:
             return own, 0.0
         if family in self.classes:
-            return family, 0.5
+            return family, 0.5 if found.family in self._divided else 0.0
         root = found.family.partition("/")[0]
         near = f"{root}:{found.dtype}"
         if near in self.classes:
             return near, 1.0
         return "", 1.0
+
+    @functools.cached_property
+    def _divided(self) -> frozenset[str]:
+        """The families in which operators have classes of their own."""
+        return frozenset(name.split(":")[0] for name in self.classes if name.count(":") == 2)
 
     def interval(self, dtype: str) -> Interval:
         """The interval for models that compute mostly in that dtype."""
@@ -230,13 +239,12 @@ class Profile:
         threads: int = 1,
         *,
         dtype: str = "float32",
-        assumed: Callable[[int], float | None] | None = None,
-        spread: float = 3.0,
+        assumed: Callable[[int], tuple[float, float] | None] | None = None,
     ) -> Prediction:
         """The latency of a model from its kernels; None stands for one of unknown shape.
 
         `dtype`: what the model mostly computes in, for the interval. `assumed`: prices the kernel
-        at a position where the profile has no class for it, within a factor of `spread`.
+        at a position where the profile has no class for it: ms, and by what factor they may be off.
         """
         setting = self.setting(threads)
         factor, unlike = 1.0, 0.0
@@ -247,7 +255,7 @@ class Profile:
         by_class: dict[str, list[int]] = {}
         penalty: dict[int, float] = {}
         times: list[float | None] = [None] * len(kernels)
-        guessed = 0.0
+        guessed, least, most = 0.0, 0.0, 0.0
         for index, found in enumerate(kernels):
             if found is None:
                 continue
@@ -258,9 +266,10 @@ class Profile:
                 continue
             price = assumed(index) if assumed is not None else None
             if price is not None:
-                times[index] = price
-                penalty[index] = 1.0
-                guessed += price
+                times[index], spread = price
+                guessed += price[0]
+                least += price[0] / spread
+                most += price[0] * spread
         novel = guessed
         for name, indices in by_class.items():
             chosen = [found for i in indices if (found := kernels[i]) is not None]
@@ -274,7 +283,7 @@ class Profile:
         fitted = total - guessed
         strange = (novel - guessed) / fitted if fitted > 0 else 0.0
         low, high = setting.interval(dtype).around(fitted, max(strange, unlike))
-        low, high = low + guessed / spread, high + guessed * spread
+        low, high = low + least, high + most
         return Prediction(
             total,
             low,
