@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import onnx_ir as ir
 
 from ..ir.graph import constant_scalar
-from ..ir.quant import is_qdq
+from ..ir.quant import INTEGER_OPS, is_qdq
 from ..targets.target import Target
 from .runtime_graph import CONTRIB, Op, RuntimeGraph, Tensor
 
@@ -339,7 +339,7 @@ def _move(graph: RuntimeGraph, op: Op, signed: bool) -> None:
     if pair is None or (op.type == "Resize" and op.attribute("mode", "nearest") != "nearest"):
         return
     behind = [_pair_behind(graph, result) for result in op.outputs]
-    if not all(b is not None and _same_numbers(pair, b) for b in behind):
+    if not all(b is not None and _same_numbers(pair, b, op) for b in behind):
         return
     if any(b is not None and _stored_dtype(b) != _stored_dtype(pair) for b in behind):
         return
@@ -363,8 +363,13 @@ def _drop_before(graph: RuntimeGraph, op: Op) -> None:
         graph.renew(op)
 
 
-def _same_numbers(before: Op, behind: Op) -> bool:
-    """Whether two pairs hold one scale and zero point, as far as they are known."""
+def _same_numbers(before: Op, behind: Op, between: Op | None = None) -> bool:
+    """Whether two pairs hold one scale and zero point.
+
+    Where they are not calibrated yet, as calibration finds them behind the operator in `between`.
+    """
+    row = INTEGER_OPS.get(between.type) if between is not None else None
+    shared = between is None or not between.origin or (row is not None and row.same_scale)
     for one, other in zip(_numbers(before), _numbers(behind), strict=True):
         if one is other:
             continue
@@ -372,7 +377,10 @@ def _same_numbers(before: Op, behind: Op) -> bool:
             constant_scalar(t.source) if t is not None and t.source is not None else None
             for t in (one, other)
         ]
-        if None not in values and values[0] != values[1]:
+        if None in values:
+            if not shared:
+                return False
+        elif values[0] != values[1]:
             return False
     return True
 
@@ -404,7 +412,7 @@ def _gemm(graph: RuntimeGraph, op: Op, signed: bool) -> None:
     if pairs is None or float(op.attribute("beta", 1.0)) != 1.0:
         return
     behind = _pair_behind(graph, op.outputs[0])
-    if behind is None and any(is_quantize(u) for u in op.outputs[0].users):
+    if behind is None and _stays_float(graph, op.outputs[0]):
         return
     if not _alike(pairs[:1], behind, signed=True) or not _weight_fits(pairs):
         return
@@ -415,12 +423,20 @@ def _gemm(graph: RuntimeGraph, op: Op, signed: bool) -> None:
     _replace(graph, op, "QGemm", CONTRIB, inputs, behind)
 
 
+def _stays_float(graph: RuntimeGraph, result: Tensor) -> bool:
+    """Whether floats that a product would return are read by what forbids its integer form."""
+    user = graph.only_user(result)
+    return any(is_quantize(u) for u in result.users) or (
+        user is not None and user.is_onnx("Relu", "Clip")
+    )
+
+
 def _matmul(graph: RuntimeGraph, op: Op, signed: bool) -> None:
     pairs = _pairs_before(op, (0, 1))
     if pairs is None or _stored_dtype(pairs[1]) not in _BITS:
         return
     behind = _pair_behind(graph, op.outputs[0])
-    if behind is None and any(is_quantize(u) for u in op.outputs[0].users):
+    if behind is None and _stays_float(graph, op.outputs[0]):
         return
     if not _alike(pairs[:1], behind, signed) or not _weight_fits(pairs):
         return

@@ -36,7 +36,7 @@ _AXES_OPS = frozenset(
         "Unsqueeze",
     }
 )
-_MORE = frozenset({"Gather", "Slice", "Pad"})
+_MORE = frozenset({"Gather", "Slice", "Pad", "Resize", "Tile"})
 _NOT_MOVED = frozenset({"Dropout", "CastLike", "Einsum"})
 _INTEGER_DATA = {
     "QLinearAdd": slice(0, 6, 3),
@@ -249,7 +249,7 @@ def _after(op: Op, perm: Perm) -> tuple[Perm, dict[str, int]] | None:
         if op.type.startswith("Reduce") and op.attribute("keepdims", 1):
             return perm, {}
         return _without(perm, [a % rank for a in axes]), {}
-    if op.type in ("Slice", "Pad"):
+    if op.type in ("Slice", "Pad", "Resize", "Tile"):
         return (perm, {}) if all(t is None or t.constant for t in op.inputs[1:]) else None
     result = op.outputs[0].shape
     return (perm, {}) if result is not None and len(result) == rank else None
