@@ -6,6 +6,7 @@ Here: putting the parts in order. Not here: what a recipe means (`pipelines`), t
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ import onnx_ir as ir
 
 from .architecture import ProgressCall, at_sizes
 from .compiled import Compiled
+from .cost.budget import Budget
+from .cost.latency import MEASURED, Latency
+from .cost.profiles import profile_for
 from .cost.report import CostReport, cost_report
 from .errors import EdgepassError, UnsupportedOpError
 from .frontends import load_notes, load_supported
@@ -53,6 +57,7 @@ def compile(  # noqa: A001 - the name users look for
     strict: bool = False,
     check_numerics: bool = True,
     time_budget_s: float = 0.5,
+    budget: Budget | None = None,
     progress: ProgressCall | None = None,
 ) -> Compiled:
     """Compile a model for a target.
@@ -74,6 +79,8 @@ def compile(  # noqa: A001 - the name users look for
             calibration sample or on random inputs.
         time_budget_s: seconds to spend on timing the result against the original where this
             machine can run it; 0 for none.
+        budget: limits to hold the result against, in `Compiled.verdicts`: met, missed, or cannot
+            tell. Latency is the measured one where the result was timed on this machine.
         progress: called with (done, total, what).
 
     Raises:
@@ -111,7 +118,14 @@ def compile(  # noqa: A001 - the name users look for
         placement.require_fast()
     if recipe == "default" and device.scheme is not None:
         notes.append(_what_int8_adds(graph, device, sizes))
-    report = cost_report(at_sizes(graph, sizes), device, recipe=recipe, dims=sizes, saved=graph)
+    report = cost_report(
+        at_sizes(graph, sizes),
+        device,
+        recipe=recipe,
+        dims=sizes,
+        saved=graph,
+        profile=profile_for(device),
+    )
     compiled = Compiled(
         model=graph,
         target=device,
@@ -126,6 +140,9 @@ def compile(  # noqa: A001 - the name users look for
     )
     if original is not None:
         compiled.speed = _time(original, compiled, sample.feed, time_budget_s)
+    if budget is not None:
+        compiled.verdicts = budget.check(_with_measured(report, compiled.speed))
+        notes += [verdict.text for verdict in compiled.verdicts]
     return compiled
 
 
@@ -266,9 +283,14 @@ def _what_int8_adds(model: ir.Model, target: Target, dims: Mapping[str, int]) ->
         chosen = parse_recipe("int8")
         context = Context(target, None, dims)
         sized = at_sizes(model, dims)
-        before = cost_report(sized, target, recipe="default", dims=dims, saved=model)
+        profile = profile_for(target)
+        before = cost_report(
+            sized, target, recipe="default", dims=dims, saved=model, profile=profile
+        )
         plan = chosen[-1].plan(model, context)
-        after = cost_report(sized, target, recipe="int8", plan=plan, dims=dims, saved=model)
+        after = cost_report(
+            sized, target, recipe="int8", plan=plan, dims=dims, saved=model, profile=profile
+        )
     except EdgepassError as error:
         return f'recipe="int8" can\'t be priced here: {error.diagnostic.what}'
     saved = f"{before.file_bytes / 1e6:.2f} MB to {after.file_bytes / 1e6:.2f} MB"
@@ -276,6 +298,14 @@ def _what_int8_adds(model: ir.Model, target: Target, dims: Mapping[str, int]) ->
         f'this recipe is lossless; recipe="int8" with calibration samples would take the file '
         f"from {saved} (computed), and latency from {before.latency} to {after.latency}"
     )
+
+
+def _with_measured(report: CostReport, speed: Speed | None) -> CostReport:
+    """The report with the time that was measured here, where one was."""
+    if speed is None:
+        return report
+    time = Latency(speed.candidate_ms, speed.low_ms, speed.high_ms, MEASURED)
+    return dataclasses.replace(report, latency=time)
 
 
 def _time(

@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from .artifact import TOLERANCE, save_artifact
+from .cost.budget import Verdict
 from .errors import LoweringError, UsageError
 from .passes.ledger import Ledger
 from .speed import Speed
@@ -34,6 +35,7 @@ class Compiled:
     as plain data. `session_options` is what ONNX Runtime must be told, `speed` the time on this
     machine against the original where it could be measured. `golden_input` is a feed that the
     source model runs on, recorded with its result in the artifact; None where none is known.
+    `verdicts`: one a limit of the budget that `compile` was given.
     """
 
     model: ir.Model
@@ -47,6 +49,7 @@ class Compiled:
     dims: Mapping[str, int]
     speed: Speed | None = None
     golden_input: Mapping[str, np.ndarray] | None = None
+    verdicts: tuple[Verdict, ...] = ()
     _runner: Any = None
     _folder: Any = None
 

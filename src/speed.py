@@ -19,6 +19,7 @@ class Speed:
     """Medians of `rounds` alternating runs on one thread of this machine, in milliseconds.
 
     `ratio` is the median over rounds of original / candidate: above 1, the candidate is faster.
+    `low_ms`, `high_ms`: between them lie the middle 80 % of the candidate's runs.
     """
 
     original_ms: float
@@ -26,6 +27,8 @@ class Speed:
     ratio: float
     rounds: int
     what: str = "compiled"
+    low_ms: float | None = None
+    high_ms: float | None = None
 
     @property
     def slower(self) -> bool:
@@ -72,6 +75,8 @@ def compare(
         float(np.median(array[:, 0] / array[:, 1])),
         len(pairs),
         what,
+        float(np.quantile(array[:, 1], 0.1) * 1e3),
+        float(np.quantile(array[:, 1], 0.9) * 1e3),
     )
 
 

@@ -18,12 +18,12 @@ from edgepass.cost.calibrate import (
     without_drift,
 )
 from edgepass.cost.check import compare_nets
-from edgepass.cost.features import Operand
 from edgepass.cost.microbench import Bench, NetTime
 from edgepass.cost.microbench_builder import NetBuilder, shape_of
 from edgepass.cost.microbench_fit import fit_class, non_negative
 from edgepass.cost.microbench_nets import FAMILIES, synthetic_net
 from edgepass.cost.microbench_trace import KernelTime, typical
+from edgepass.cost.operand import Operand
 from edgepass.cost.profile import Profile, load_profile
 from edgepass.frontends import load_model
 from edgepass.ir.graph import absent_weights

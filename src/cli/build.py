@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import console
-from .arguments import parse_dims, parse_input_shapes
+from .arguments import parse_budget, parse_dims, parse_input_shapes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,6 +28,12 @@ Recipe = Annotated[
 Dims = Annotated[
     list[str] | None,
     typer.Option("--dim", metavar="NAME=SIZE", help="A size for a named dynamic dimension."),
+]
+Limits = Annotated[
+    str | None,
+    typer.Option(
+        "--budget", metavar="LIMITS", help="Limits to meet: latency_ms=20,size_mb=4,memory_mb=8"
+    ),
 ]
 InputShapes = Annotated[
     list[str] | None,
@@ -73,6 +79,7 @@ def compile_(
     time_budget: Annotated[
         float, typer.Option(min=0, help="Seconds for timing against the original; 0 for none.")
     ] = 0.5,
+    budget: Limits = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace the folder even if it is not an artifact.")
     ] = False,
@@ -96,6 +103,7 @@ def compile_(
             strict=strict,
             check_numerics=check,
             time_budget_s=time_budget,
+            budget=parse_budget(budget),
             progress=progress,
         )
         path = compiled.save(output, formats=tuple(format_ or ("onnx",)), force=force)
@@ -109,6 +117,7 @@ def compile_(
                 "placement": compiled.placement.as_dict(),
                 "cost": compiled.cost,
                 "speed": None if compiled.speed is None else compiled.speed.as_dict(),
+                "budget": [verdict.as_dict() for verdict in compiled.verdicts],
                 "notes": compiled.notes,
             }
         )

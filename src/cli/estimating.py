@@ -14,7 +14,7 @@ import typer
 from ..errors import UsageError
 from . import console
 from .arguments import parse_budget, parse_dims, parse_input_shapes, split_list
-from .build import Dims, Json, Plugins, TargetName, load_plugins
+from .build import Dims, Json, Limits, Plugins, TargetName, load_plugins
 
 if TYPE_CHECKING:
     from ..cost.profiles import ProfileFile
@@ -45,10 +45,7 @@ def estimate(
     recipes: Recipes = "fp32,fp16,int8",
     threads: Threads = 1,
     profile: ProfileName = None,
-    budget: Annotated[
-        str | None,
-        typer.Option(metavar="LIMITS", help="latency_ms=20,size_mb=4,memory_mb=8"),
-    ] = None,
+    budget: Limits = None,
     per_kernel: Annotated[
         bool, typer.Option("--per-kernel", help="Also a line a launch, for each recipe.")
     ] = False,

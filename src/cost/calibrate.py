@@ -15,6 +15,7 @@ import platform
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from .microbench import Bench, NetTime
 from .microbench_fit import fit_class, refit_class
 from .microbench_nets import REFERENCE, synthetic_net
 from .profile import ClassModel, HeldOut, Interval, Profile, Setting
-from .profiles import cpu_name
+from .profiles import cpu_features, cpu_name
 
 Array = NDArray[np.float64]
 Prepare = Callable[[ir.Model], tuple[ir.Model, Mapping[str, str]] | None]
@@ -39,6 +40,8 @@ ProgressCall = Callable[[int, int, str], None]
 
 BATCH = 8
 """Networks that take turns: enough to outlast a slow spell, few enough to stay in memory."""
+NETWORK_BYTES = 0.5e9
+"""What the sessions of one network hold at the most, all recipes and two thread counts together."""
 FIT_SHARE = 0.14
 """The part of the budget that fitting is left."""
 FOLDS = 3
@@ -79,14 +82,15 @@ def calibrate_host(
     count = 0
     if not threads or min(threads) < 1:
         raise UsageError(f"Thread counts must be above zero: {list(threads)}")
+    size = batch_size(available_bytes())
     with Bench(threads, reference=reference_network(recipes)) as bench:
         while True:
             spent = time.monotonic() - started
-            if count and time.monotonic() + spent / count * BATCH > end:
+            if count and time.monotonic() + spent / count * size > end:
                 break
             tell(int(spent), int(budget_s), f"{count} networks measured")
-            nets += bench.run(ready_networks(recipes, range(count, count + BATCH)))
-            count += BATCH
+            nets += bench.run(ready_networks(recipes, range(count, count + size)))
+            count += size
         speeds = {count: bench.speed(count) for count in threads}
     tell(int(time.monotonic() - started), int(budget_s), "fitting")
     if not nets:
@@ -111,6 +115,21 @@ def calibrate_host(
     )
 
 
+def batch_size(available: float | None) -> int:
+    """How many networks to hold at once in that many bytes of free memory; None: not known."""
+    return BATCH if available is None else int(min(BATCH, max(1, available / 2 // NETWORK_BYTES)))
+
+
+def available_bytes() -> float | None:
+    """Memory that can be had without swapping, as Linux reports it; None elsewhere."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return 1024.0 * int(found[0]) if found else None
+
+
 def reference_network(recipes: Mapping[str, Prepare]) -> ir.Model | None:
     """The network that tells how fast the machine is, under the first recipe."""
     made = next(iter(recipes.values()))(synthetic_net(REFERENCE).model)
@@ -132,6 +151,7 @@ def ready_networks(recipes: Mapping[str, Prepare], indices: Iterable[int]) -> li
 def _host(speed: float) -> dict[str, Any]:
     return {
         "cpu": cpu_name(),
+        "features": list(cpu_features()),
         "cores": os.cpu_count() or 1,
         "machine": platform.machine(),
         "system": platform.system(),

@@ -1,6 +1,6 @@
 """What explains the time of a kernel: its family, the amounts it works through, and where it lies.
 
-Here: `Operand`, `Features` and `features`, a pure function of a runtime operator's type and the
+Here: `Features` and `features`, a pure function of a runtime operator's type and the
 shapes and dtypes that it reads and writes, so that a kernel predicted from an architecture and one
 that a runtime reported after running it are described alike. Not here: which kernels there are
 (`kernels`), and milliseconds (`profile`).
@@ -14,45 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from .attention_shape import Heads, attention_heads
+from .operand import Operand
+
 LANES = 16
 """Channels to which the amount `padded_macs` rounds up: a blocked layout's block with 512 bits."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Operand:
-    """A tensor at a kernel's edge. `dtype` is a name as numpy has it ("float32"), or "int4"."""
-
-    shape: tuple[int, ...]
-    dtype: str = "float32"
-    constant: bool = False
-
-    @property
-    def elements(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> float:
-        """Bytes, sub-byte elements packed."""
-        return self.elements * _BYTES.get(self.dtype, 4.0)
-
-
-_BYTES = {
-    "float64": 8.0,
-    "int64": 8.0,
-    "uint64": 8.0,
-    "float16": 2.0,
-    "bfloat16": 2.0,
-    "int16": 2.0,
-    "uint16": 2.0,
-    "int8": 1.0,
-    "uint8": 1.0,
-    "bool": 1.0,
-    "int4": 0.5,
-    "uint4": 0.5,
-    "int2": 0.25,
-    "uint2": 0.25,
-}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -153,8 +119,10 @@ _WORDS = {
         Attention MultiHeadAttention GroupQueryAttention QAttention PackedAttention""",
     "matmul/einsum": "Einsum",
 }
+_POOLS = tuple(f"{way}{kind}" for way in ("", "Global") for kind in ("MaxPool", "AveragePool"))
 _FAMILIES: Mapping[str, str] = MappingProxyType(
     {name: family for family, names in _WORDS.items() for name in names.split()}
+    | {f"{name}@nchwc": "pooling/global" if "Global" in name else "pooling" for name in _POOLS}
 )
 _CONVOLUTIONS: Mapping[str, tuple[int, int]] = MappingProxyType(
     # operator: positions of data and weight
@@ -189,6 +157,8 @@ _CACHES = {"beyond_1mb": float(1 << 20), "beyond_8mb": float(8 << 20)}
 """Bytes beyond what a core's own and what a shared cache usually hold."""
 _FUNCTIONS = ("Sigmoid", "Tanh", "Gelu", "QuickGelu", "FastGelu")
 """Activations that cost a convolution time when merged into it."""
+_HARD = ("HardSwish", "HardSigmoid")
+"""Activations that cost it less, but are no clipping."""
 
 
 def features(
@@ -215,6 +185,12 @@ def features(
         found = _product(op_type, inputs, outputs, attributes)
         if found is not None:
             return found
+    if _FAMILIES.get(op_type) == "attention" and outputs:
+        heads = attention_heads(op_type, domain, inputs, outputs, attributes)
+        if heads is not None:
+            return _attention(op_type, present, outputs, heads)
+    if domain.endswith("nchwc") and op_type in _POOLS:
+        op_type = f"{op_type}@nchwc"
     return _other(op_type, present, outputs, attributes, macs)
 
 
@@ -291,7 +267,8 @@ def _convolution(
     elif kind == "first":
         padded *= per_group
     present = [operand for operand in inputs if operand is not None]
-    by_table = str(attributes.get("activation", "")) in _FUNCTIONS
+    activation = str(attributes.get("activation", ""))
+    by_table, hard = activation in _FUNCTIONS, activation in _HARD
     return Features(
         f"convolution/{kind}",
         _convolution_type(op_type, domain, len(weight.shape) - 2),
@@ -306,6 +283,7 @@ def _convolution(
                 elements=float(result.elements),
                 unrolled=float(pixels * area * channels_in) if area > 1 else 0.0,
                 activated=float(result.elements) if by_table else 0.0,
+                hard_activated=float(result.elements) if hard else 0.0,
                 **_unevenness(attributes.get("pads"), data.nbytes, macs),
             )
         ),
@@ -319,7 +297,7 @@ def _convolution(
                 "stride": _log(pixels_in / max(1, pixels)) / 2,
                 "fill": channels_out / (math.ceil(channels_out / LANES) * LANES),
                 "square": _squareness(weight.shape[2:]),
-                "function": 1.0 if by_table else 0.0,
+                "function": 1.0 if by_table else 0.5 if hard else 0.0,
             }
         ),
     )
@@ -400,6 +378,38 @@ def _product(
     )
 
 
+def _attention(
+    op_type: str, present: Sequence[Operand], outputs: Sequence[Operand], heads: Heads
+) -> Features:
+    weights = sum(o.nbytes for o in present if o.constant and len(o.shape) == 2)
+    first = present[0].dtype
+    return Features(
+        "attention",
+        op_type,
+        "int8" if first in _INTEGER else first,
+        MappingProxyType(
+            _amounts(
+                present,
+                outputs,
+                weights,
+                macs=heads.score_macs + heads.projection_macs,
+                score_macs=heads.score_macs,
+                scores=heads.scores,
+                score_rows=heads.rows,
+            )
+        ),
+        MappingProxyType(
+            {
+                "heads": _log(heads.count),
+                "queries": _log(heads.queries),
+                "keys": _log(heads.keys),
+                "width": _log(heads.width),
+                "biased": 1.0 if heads.biased else 0.0,
+            }
+        ),
+    )
+
+
 def _other(
     op_type: str,
     present: Sequence[Operand],
@@ -426,6 +436,21 @@ def _other(
     coordinates: dict[str, float] = {}
     if family == "movement/transpose":
         coordinates = _transposed(first, attributes)
+    elif family == "movement/reorder" and len(result.shape) > 2:
+        channels = result.shape[-1] if attributes.get("channels_last") else result.shape[1]
+        coordinates = {
+            "channels": _log(channels),
+            "pixels": _log(result.elements / max(1, channels)),
+        }
+    elif family == "softmax":
+        more = {
+            "rows": elements / max(1, inner),
+            "strided": elements if run > 1 else 0.0,
+        }
+    elif family == "normalization":
+        more = {"rows": elements / max(1, inner)}
+    elif family == "reduction":
+        more = {"rows": float(result.elements), "strided": elements if inner > 1 else 0.0}
     elif family == "pooling":
         area = math.prod(attributes.get("kernel_shape") or (1,))
         coordinates = {"area": _log(area)}

@@ -21,8 +21,9 @@ import onnx_ir as ir
 
 from ..ir.ops import Category
 from ..targets.target import Hardware, Target
-from .features import Features, Operand, features
+from .features import Features, features
 from .kernels import DEPTHWISE, Kernel
+from .operand import Operand
 from .profile import Prediction, Profile
 from .relative import RATIO_SPREAD, relative_ms
 from .runtime_graph import Tensor

@@ -23,8 +23,8 @@ import onnx_ir as ir
 from ..targets.onnx_file import write_onnx
 from .microbench_trace import KernelTime, read_trace, typical
 
-_USUAL = 0.3
-"""The quantile of the reference's times that is taken for the machine's usual speed."""
+_USUAL = 0.1
+"""The quantile of the reference's times in a batch that is taken for the machine's own speed."""
 _WARM = 1
 """Runs of a session before those that count, each time it is its turn: they fill the caches."""
 
@@ -224,6 +224,7 @@ class Bench:
         self.rounds = rounds
         self.runs = runs
         self.reference_ms: dict[int, list[float]] = {count: [] for count in self.threads}
+        """Of every batch, the fastest of its rounds."""
         self._folder = tempfile.TemporaryDirectory(prefix="edgepass-bench-")
         self._references: dict[int, TimedNet] = {}
         if reference is not None:
@@ -251,11 +252,10 @@ class Bench:
             return 0.0
         timed.walls.clear()
         timed.turn(runs)
-        self.reference_ms[threads].append(typical(timed.walls))
-        return self.reference_ms[threads][-1]
+        return typical(timed.walls)
 
     def speed(self, threads: int) -> float:
-        """Milliseconds that the reference usually takes; 0 where there is none."""
+        """Milliseconds that the reference takes while nothing disturbs; 0 where there is none."""
         times = self.reference_ms[threads]
         return float(np.quantile(times, _USUAL)) if times else 0.0
 
@@ -294,8 +294,11 @@ class Bench:
                     for entry in entries:
                         if entry.timed.threads == count:
                             entry.timed.turn(self.runs)
+        fastest = {count: min(times) for count, times in references.items()}
+        for count, ms in fastest.items():
+            self.reference_ms[count].append(ms)
         results = [
-            entry.timed.result(entry.net, entry.recipe, min(references[entry.timed.threads]))
+            entry.timed.result(entry.net, entry.recipe, fastest[entry.timed.threads])
             for entry in entries
         ]
         for path in paths:

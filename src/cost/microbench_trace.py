@@ -17,7 +17,8 @@ import onnx_ir as ir
 
 from ..ir.graph import ONNX_DOMAINS
 from ..ir.ops import node_cost
-from .features import Features, Operand, features
+from .features import Features, features
+from .operand import Operand
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,16 +87,21 @@ def read_trace(trace: Path, optimized: Path) -> tuple[KernelTime, ...]:
                 _dtype_name(value.dtype),
             )
     by_name: dict[tuple[str, str], list[ir.Node]] = {}
-    for node in graph:
-        by_name.setdefault((node.name or "", node.op_type), []).append(node)
+    for each in graph:
+        by_name.setdefault((each.name or "", each.op_type), []).append(each)
     # the saved graph has no shapes between its nodes: those that were seen are put in
     found = []
     for key, times in durations.items():
-        waiting = by_name.get((key[0], str(shapes[key].get("op_name", ""))))
-        if not waiting:  # of a subgraph: part of the node that holds it
+        op = str(shapes[key].get("op_name", ""))
+        read = _operands(shapes[key].get("input_type_shape", ()))
+        waiting = by_name.get((key[0], op), [])
+        if not waiting and key[0] == f"{op}_{key[1]}":  # as nodes without a name are reported
+            waiting = by_name.get(("", op), [])
+        node = _matching(waiting, read, operands)
+        if node is None:  # of a subgraph: part of the node that holds it
             continue
-        node = waiting.pop(0)
-        outputs = _outputs(shapes[key])
+        waiting.remove(node)
+        outputs = _operands(shapes[key].get("output_type_shape", ()))
         for value, operand in zip((v for v in node.outputs if v.name), outputs, strict=False):
             operands[value.name or ""] = operand
             value.shape = ir.Shape(operand.shape)
@@ -113,9 +119,21 @@ def read_trace(trace: Path, optimized: Path) -> tuple[KernelTime, ...]:
     return tuple(found)
 
 
-def _outputs(arguments: Mapping[str, Any]) -> tuple[Operand, ...]:
+def _matching(
+    waiting: Sequence[ir.Node], read: Sequence[Operand], operands: Mapping[str, Operand]
+) -> ir.Node | None:
+    """The first node whose inputs have the shapes that were reported, else the first."""
+    shapes = [operand.shape for operand in read]
+    for node in waiting:
+        given = [value.name for value in node.inputs if value is not None and value.name]
+        if [operands[name].shape for name in given if name in operands] == shapes:
+            return node
+    return waiting[0] if waiting else None
+
+
+def _operands(reported: Sequence[Mapping[str, Any]]) -> tuple[Operand, ...]:
     found = []
-    for item in arguments.get("output_type_shape", ()):
+    for item in reported:
         for dtype, shape in item.items():
             found.append(Operand(tuple(int(d) for d in shape), _DTYPES.get(dtype, dtype)))
     return tuple(found)

@@ -73,18 +73,16 @@ def find_profile(name: str | Path) -> Profile:
 
 
 def profile_for(target: Target) -> Profile | None:
-    """The profile for a target: made on this machine for it, else the one the target names.
+    """The profile for a target: one of this very CPU, the user's first, else the one it names.
 
-    One made on another machine is not taken: its CPU's name differs.
+    One made on another CPU is not taken: its name or its instruction sets differ.
     """
-    for path, shipped in _files():
-        if shipped:
-            continue
+    for path, _ in _files():
         try:
             profile = _load(path, path.stat().st_mtime_ns)
         except ProfileError:
             continue  # `edgepass profiles` says so
-        if profile.target == target.name and profile.host.get("cpu") == cpu_name():
+        if profile.target == target.name and is_this_cpu(profile):
             return profile
     return find_profile(target.profile) if target.profile else None
 
@@ -96,9 +94,35 @@ def board_profiles(arch: str = "aarch64") -> list[Profile]:
     wanted = [
         target.profile
         for target in targets().values()
-        if target.profile and target.hardware.arch == arch
+        if target.profile and target.hardware.arch == arch and "gpu" not in target.hardware.features
     ]
     return [find_profile(name) for name in dict.fromkeys(wanted)]
+
+
+def is_this_cpu(profile: Profile) -> bool:
+    """Whether a profile was measured on a CPU like this machine's."""
+    recorded = profile.host.get("features")
+    same = profile.host.get("cpu") == cpu_name()
+    return same and (recorded is None or tuple(recorded) == cpu_features())
+
+
+_TELLING = {
+    *("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
+    *("amx_int8", "amx_bf16", "asimddp", "asimdhp", "i8mm", "bf16", "sve", "sve2", "sme"),
+}
+"""Instruction sets that kernels are chosen by."""
+
+
+@functools.cache
+def cpu_features() -> tuple[str, ...]:
+    """The instruction sets of this machine's CPU that matter here, sorted, as Linux names them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ()
+    named = (line.partition(":") for line in lines)
+    words = next((value for key, _, value in named if key.strip() in ("flags", "Features")), "")
+    return tuple(sorted(_TELLING.intersection(words.split())))
 
 
 @functools.cache

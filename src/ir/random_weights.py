@@ -12,7 +12,7 @@ import zlib
 import numpy as np
 import onnx_ir as ir
 
-from .graph import constant_array, graphs, is_absent
+from .graph import constant_array, constant_tensor, graphs, is_absent
 from .quant import INTEGER_OPS
 
 _VARIANCE = 4
@@ -20,6 +20,9 @@ _VARIANCE = 4
 _QUANTIZED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
 _MAX_ACTIVATION = 6.0
 """The range that a random scale of an 8-bit activation spans, to either side or one."""
+_BRANCH = 0.3
+"""How much smaller the last weight of a residual branch is: with every branch as large as what it
+is added to, activations double with each block, until a softmax of them underflows to denormals."""
 _WORDS = 1 << 20
 """Random numbers drawn for one weight at most; a larger one repeats them, for speed."""
 
@@ -27,12 +30,12 @@ _WORDS = 1 << 20
 def fill_random_weights(model: ir.Model) -> list[str]:
     """Draw every absent weight, each from a seed made of its name; returns the names drawn.
 
-    Weights of two or more dimensions have the variance of He et al. 2015; those of one are small,
-    but for scales and variances, which lie around one. 8-bit weights use their whole range. The
-    numbers of pairs are such as calibration finds: scales are positive, that of a bias is the
-    product of its node's other two (a runtime fuses no other), and the zero point of an activation
-    is 0 behind what is never negative, else the middle. The model is changed in place; the same
-    model gets the same numbers.
+    Weights of two or more dimensions have the variance of He et al. 2015, smaller at the end of a
+    residual branch; those of one are small, but for scales and variances, which lie around one.
+    8-bit weights use their whole range. The numbers of pairs are such as calibration finds: scales
+    are positive, that of a bias is the product of its node's other two (a runtime fuses no other),
+    and the zero point of an activation is 0 behind what is never negative, else the middle. The
+    model is changed in place; the same model gets the same numbers.
     """
     absent = [
         value
@@ -120,6 +123,8 @@ def _draw(
         array = generator.uniform(0.5 * step, step, shape)
     elif len(shape) > 1:
         deviation = math.sqrt(2 / max(1, math.prod(shape[1:])))
+        if _ends_residual_branch(value):
+            deviation *= _BRANCH
         array = _repeated(generator.standard_normal(_count(shape), np.float32), shape) * np.float32(
             deviation
         )
@@ -128,6 +133,31 @@ def _draw(
     else:
         array = generator.standard_normal(shape, np.float32) * np.float32(0.05)
     return np.asarray(array).astype(kind, copy=False)
+
+
+def _ends_residual_branch(value: ir.Value) -> bool:
+    """Whether a weight's product is added to another activation, perhaps by way of a bias."""
+    found = [node for node, index in value.uses() if index == 1 and node.op_type in _WEIGHTED]
+    for node in found:
+        if len(node.inputs) > _SUMMAND and node.inputs[_SUMMAND] is not None:
+            return True
+        for reader, _ in node.outputs[0].uses():
+            if reader.op_type == "BatchNormalization" or (
+                reader.op_type == "Add" and _has_constant(reader)
+            ):
+                found.append(reader)
+            elif reader.op_type == "Add":
+                return True
+    return False
+
+
+_WEIGHTED = ("Conv", "FusedConv", "Gemm", "MatMul")
+_SUMMAND = 3
+"""The input of a FusedConv that its result is added to."""
+
+
+def _has_constant(node: ir.Node) -> bool:
+    return any(v is not None and constant_tensor(v) is not None for v in node.inputs)
 
 
 def _limits(dtype: ir.DataType) -> tuple[int, int]:
@@ -147,8 +177,24 @@ def _repeated(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 def _is_scale(value: ir.Value) -> bool:
     return any(user.op_type in _QUANTIZED and index == 1 for user, index in value.uses()) or any(
-        "scale" in (_parameter_name(user, index)) for user, index in value.uses()
+        "scale" in (_parameter_name(user, index)) or _scales_integers(user, value)
+        for user, index in value.uses()
     )
+
+
+def _scales_integers(node: ir.Node, value: ir.Value) -> bool:
+    """Whether a product turns integers into floats, or is of the scales of two factors."""
+    if node.op_type != "Mul":
+        return False
+    for other in node.inputs:
+        maker = other.producer() if other is not None and other is not value else None
+        if maker is None:
+            continue
+        source = maker.inputs[0] if maker.inputs else None
+        integers = source is not None and source.dtype is not None and source.dtype.is_integer()
+        if maker.op_type == "DynamicQuantizeLinear" or (maker.op_type == "Cast" and integers):
+            return True
+    return False
 
 
 def _is_zero_point(value: ir.Value) -> bool:
@@ -189,7 +235,7 @@ def _parameter_name(user: ir.Node, index: int) -> str:
 
 def _stored_as_weight(node: ir.Node) -> bool:
     """Whether a quantization parameter belongs to a constant, not to an activation."""
-    if node.op_type in _PARAMETERS:
+    if node.op_type in _PARAMETERS or node.op_type == "Mul":
         return True
     source = node.inputs[0] if node.inputs else None
     return source is not None and source.is_initializer()
