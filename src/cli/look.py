@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def targets(plugin: Plugins = None, json: Json = False) -> None:
-    """List the targets: runtime, hardware, int8 scheme, and how far they are verified."""
+    """List the targets: runtime, hardware, int8 scheme, latency profile, how far verified."""
     from ..targets.registry import targets as known
 
     load_plugins(plugin)
@@ -35,18 +35,35 @@ def targets(plugin: Plugins = None, json: Json = False) -> None:
         return
     from rich.table import Table
 
-    table = Table("target", "runtime", "hardware", "int8", "verified", "description")
-    for target in found:
+    headings = ("target", "runtime", "hardware", "int8", "profile", "verified", "description")
+    table = Table(*headings, caption="latency is calibrated with a profile, assumed without one")
+    # architectures first, then single devices
+    for target in sorted(found, key=lambda target: bool(target.profile)):
         hardware = target.hardware
         table.add_row(
             target.name,
             str(target.runtime),
             f"{hardware.arch}, {hardware.cores} x {hardware.frequency_ghz:g} GHz",
             str(target.scheme or "-"),
+            _fitted_under(target),
             str(target.verified),
             target.description,
         )
     console.show(table)
+
+
+def _fitted_under(target: Target) -> str:
+    """The profile that a target names, and the runtime it was fitted under."""
+    from ..cost.profiles import find_profile
+    from ..errors import ProfileError
+
+    if not target.profile:
+        return "-"
+    try:
+        runtime = find_profile(target.profile).runtime
+    except ProfileError:
+        return f"{target.profile} (missing)"
+    return f"{'' if target.profile == target.name else target.profile + ', '}{runtime}"
 
 
 def _target_dict(target: Target) -> dict[str, Any]:
@@ -65,6 +82,7 @@ def _target_dict(target: Target) -> dict[str, Any]:
         "quantization": [str(scheme) for scheme in target.quantization],
         "fused_activations": list(target.fused_activations),
         "session_options": dict(target.session_options),
+        "profile": target.profile,
     }
 
 

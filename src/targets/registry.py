@@ -119,9 +119,9 @@ def _load_built_in() -> None:
     if _loaded:
         return
     _loaded = True
-    from . import arm64, cuda, riscv64, vulkan, x86_64
+    from . import arm64, boards, cuda, riscv64, vulkan, x86_64
 
-    for module in (arm64, x86_64, cuda, vulkan, riscv64):
+    for module in (arm64, x86_64, boards, cuda, vulkan, riscv64):
         for target in module.TARGETS:
             _register(target, module.__name__)
     for plugin in plugin_modules():
