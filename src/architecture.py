@@ -6,20 +6,25 @@ here: what one graph costs (`cost.report`), what a recipe means (`pipelines`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+import dataclasses
+import gc
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import onnx_ir as ir
 
 from .cost.budget import Budget
+from .cost.counts import Counts, count
 from .cost.estimate import Estimate
 from .cost.features import Features
 from .cost.kernels import kernels
 from .cost.latency import describe
 from .cost.profile import Profile
 from .cost.profiles import board_profiles, find_profile, profile_for
-from .cost.report import CostReport, cost_report
+from .cost.report import CostReport, report_of
 from .errors import EdgepassError, ShapeError, UsageError
 from .frontends import load_supported
 from .ir.graph import AbsentTensor, index_names, is_absent
@@ -32,7 +37,7 @@ from .passes.probe import default_dims
 from .passes.spec import format_passes
 from .pipelines import parse_recipe
 from .targets.registry import get_target
-from .targets.target import Runtime, Target
+from .targets.target import Hardware, Runtime, Target, Verified
 
 ProgressCall = Callable[[int, int, str], None]
 Priced = tuple[ir.Model, ir.Model, tuple[str, ...]]
@@ -72,7 +77,10 @@ class Architecture:
         )
         self.passes = tuple(passes)
         self._cleaned: dict[tuple[Any, ...], ir.Model] = {}
-        self._priced: dict[tuple[Any, ...], Priced] = {}
+        self._saved: dict[tuple[Any, ...], tuple[ir.Model, tuple[str, ...]]] = {}
+        self._sized: dict[tuple[Any, ...], ir.Model] = {}
+        self._counted: dict[tuple[Any, ...], Counts] = {}
+        self._alike: list[Target] = []
 
     def estimate(
         self,
@@ -107,20 +115,19 @@ class Architecture:
             if progress is not None:
                 progress(done, len(plans), name)
             try:
-                model, saved, notes = self._prepare(chosen, context)
-                rows.append(
-                    cost_report(
-                        model,
-                        device,
-                        recipe=name,
-                        dims=sizes,
-                        notes=notes,
-                        threads=threads,
-                        profile=fitted,
-                        boards=boards,
-                        saved=saved,
+                with _no_collection():
+                    counted, notes = self._count(chosen, context)
+                    rows.append(
+                        report_of(
+                            counted,
+                            device,
+                            recipe=name,
+                            notes=notes,
+                            threads=threads,
+                            profile=fitted,
+                            boards=boards,
+                        )
                     )
-                )
             except EdgepassError as error:
                 failed[name] = str(error)
         if progress is not None:
@@ -164,42 +171,77 @@ class Architecture:
         context = Context(get_target(target), None, default_dims(self.graph, dims))
         return self._prepare(chosen, context)[1].clone()
 
+    def _count(self, chosen: Sequence[Pass], context: Context) -> tuple[Counts, tuple[str, ...]]:
+        """What the graph that a recipe leaves costs, time left out; what could not be done."""
+        assert context.target is not None
+        model, saved, notes = self._prepare(chosen, context)
+        key = (*self._where(context), format_passes(list(chosen)))
+        if key not in self._counted:
+            self._counted[key] = count(model, context.target, None, context.dims, saved)
+        return self._counted[key], notes
+
     def _prepare(self, chosen: Sequence[Pass], context: Context) -> Priced:
         """The graph that a recipe leaves, at the sizes and as saved; what could not be done."""
         assert context.target is not None
-        sizes = tuple(sorted(context.dims.items()))
-        key = (context.target.name, sizes, format_passes(list(chosen)))
-        if key not in self._priced:
-            self._priced[key] = self._run(chosen, context, key[:2])
-        return self._priced[key]
+        key = (self._likeness(context.target), *self._own(context), format_passes(list(chosen)))
+        if key not in self._saved:
+            self._saved[key] = self._run(chosen, context)
+        model, notes = self._saved[key]
+        sized = (*key, *self._where(context))
+        if sized not in self._sized:
+            self._sized[sized] = at_sizes(model, context.dims)
+        return self._sized[sized], model, notes
 
-    def _run(self, chosen: Sequence[Pass], context: Context, where: tuple[Any, ...]) -> Priced:
-        planned = [item for item in chosen if item.needs_weights]
-        # a plan is for the graph that quantization sees, before the runtime's own forms are written
-        last = Stage.QUANTIZE if planned else Stage.LOWER
-        free = [item for item in chosen if not item.needs_weights and item.stage <= last]
-        common = [item for item in free if item.lossless]
-        key = (*where, format_passes(common))
-        if key not in self._cleaned:
-            self._cleaned[key], _ = run_passes(self.graph.clone(), common, context)
-        model = self._cleaned[key]
-        special = [item for item in free if not item.lossless]
-        if special:
-            model, _ = run_passes(model.clone(), special, context)
-        notes: list[str] = []
-        previewed = [item for item in planned if isinstance(item, Previewed)]
-        for item in planned:
-            if item not in previewed:
-                notes.append(f"{item}: stored size is not changed by it")
-        if previewed:
+    def _where(self, context: Context) -> tuple[Any, ...]:
+        """What the costs of a recipe depend on."""
+        assert context.target is not None
+        return self._likeness(context.target), tuple(sorted(context.dims.items()))
+
+    def _own(self, context: Context) -> tuple[Any, ...]:
+        """What passes of the user may look at besides; ours do not."""
+        return self._where(context) if self.passes else ()
+
+    def _likeness(self, target: Target) -> int:
+        """The same number for targets that make the same kernels of a graph, fast or slow."""
+        bare = _without_speed(target)
+        if bare not in self._alike:
+            self._alike.append(bare)
+        return self._alike.index(bare)
+
+    def _run(self, chosen: Sequence[Pass], context: Context) -> tuple[ir.Model, tuple[str, ...]]:
+        """The graph that a recipe leaves, with any size; what could not be done."""
+        skipped = [i for i in chosen if i.needs_weights and not isinstance(i, Previewed)]
+        notes = [f"{item}: stored size is not changed by it" for item in skipped]
+        done = [item for item in chosen if item not in skipped]
+        lossless = list(itertools.takewhile(lambda i: i.lossless and not i.needs_weights, done))
+        model = self._clean(lossless, context)
+        rest = done[len(lossless) :]
+        if any(item.needs_weights for item in rest):
             model = without_weights(model)
-            for item in previewed:
-                plan = item.plan(model, context)
-                notes += _planned(plan, get_target(context.target or "host"))
+        elif rest:
+            model = model.clone()
+        for planned, items in itertools.groupby(rest, key=lambda item: item.needs_weights):
+            if not planned:
+                model, _ = run_passes(model, list(items), context, quick=True)
+                continue
+            for item in items:
+                assert isinstance(item, Previewed)
+                notes += _planned(item.plan(model, context), get_target(context.target or "host"))
                 item.preview(model, context)
-            rest = [item for item in chosen if not item.needs_weights and item.stage > last]
-            model, _ = run_passes(model, rest, context)
-        return at_sizes(model, context.dims), model, tuple(notes)
+        return model, tuple(notes)
+
+    def _clean(self, passes: Sequence[Pass], context: Context) -> ir.Model:
+        """The graph after lossless passes; what targets have in common is done once."""
+        assert context.target is not None
+        common = [item for item in passes if item.stage < Stage.LEGALIZE]
+        forms = _without_hardware(context.target)
+        key = (self._likeness(forms), *self._own(context), format_passes(common))
+        if key not in self._cleaned:
+            self._cleaned[key], _ = run_passes(self.graph.clone(), common, context, quick=True)
+        own = [item for item in passes if item.stage >= Stage.LEGALIZE]
+        if not own:
+            return self._cleaned[key]
+        return run_passes(self._cleaned[key].clone(), own, context, quick=True)[0]
 
 
 @runtime_checkable
@@ -211,6 +253,38 @@ class Previewed(Protocol):
 
     def preview(self, model: ir.Model, context: Context) -> PassResult:
         """Change the model in place; numbers that need weights are absent."""
+
+
+def _without_speed(target: Target) -> Target:
+    """A target without what only time depends on, and without its name."""
+    hardware = target.hardware
+    bare = Hardware(
+        arch=hardware.arch, vector_bits=hardware.vector_bits, features=hardware.features
+    )
+    return dataclasses.replace(target, name="", description="", profile="", hardware=bare)
+
+
+def _without_hardware(target: Target) -> Target:
+    """A target as cleanup and fusion see it: a runtime and its operators."""
+    return dataclasses.replace(
+        _without_speed(target),
+        hardware=Hardware(arch=""),
+        quantization=(),
+        session_options={},
+        verified=Verified.STRUCTURE,
+    )
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Without Python's search for cycles, which takes a third of the time of many small objects."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _planned(plan: QuantPlan, target: Target) -> list[str]:

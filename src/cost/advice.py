@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from .features import Features
 from .kernels import Kernel
 from .latency import Latency, describe
 from .text import format_bytes
@@ -35,16 +36,32 @@ class Advice:
 
 
 def advice(
-    found: Sequence[Kernel], time: Latency, peak_bytes: int | None, stored_bytes: int
+    found: Sequence[Kernel],
+    time: Latency,
+    peak_bytes: int | None,
+    stored_bytes: int,
+    described: Sequence[Features | None] | None = None,
 ) -> tuple[Advice, ...]:
-    """Findings, the largest share first. `stored_bytes`: of the file, `peak_bytes`: activations."""
+    """Findings, the largest share first. `stored_bytes`: of the file, `peak_bytes`: activations.
+
+    `described` spares describing each kernel again.
+    """
     listed = [*_memory(peak_bytes, stored_bytes)]
     total = time.ms
     if total and len(time.kernel_ms) == len(found):
-        timed = [(k, ms) for k, ms in zip(found, time.kernel_ms, strict=True) if ms]
+        if described is None:
+            described = [describe(kernel) for kernel in found]
+        families = [item.family if item is not None else "" for item in described]
+        rows = [
+            (k, ms, family)
+            for k, ms, family in zip(found, time.kernel_ms, families, strict=True)
+            if ms
+        ]
+        timed = [(k, ms) for k, ms, _ in rows]
         listed += _dominating(timed, total)
         for kind, member, what, cure in _OVERHEADS:
-            listed += _overhead(timed, total, kind, member, what, cure)
+            chosen = [(k, ms) for k, ms, family in rows if member(k, family)]
+            listed += _overhead(chosen, total, kind, what, cure)
         listed += _small_kernels(timed, total)
     return tuple(sorted(listed, key=lambda item: -item.share))
 
@@ -82,23 +99,20 @@ def _dominating(timed: Sequence[tuple[Kernel, float]], total: float) -> list[Adv
     ]
 
 
-Member = Callable[[Kernel], bool]
+Member = Callable[[Kernel, str], bool]
+"""Whether a kernel, of a family of features, is of a kind of overhead."""
 
 
-def _is_conversion(kernel: Kernel) -> bool:
+def _is_conversion(kernel: Kernel, family: str) -> bool:
     return kernel.type in ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
 
 
-def _is_layout(kernel: Kernel) -> bool:
-    found = describe(kernel)
-    return found is not None and found.family.startswith("movement")
+def _is_layout(kernel: Kernel, family: str) -> bool:
+    return family.startswith("movement")
 
 
-def _is_elementwise(kernel: Kernel) -> bool:
-    found = describe(kernel)
-    return found is not None and found.family.startswith(
-        ("elementwise", "normalization", "softmax")
-    )
+def _is_elementwise(kernel: Kernel, family: str) -> bool:
+    return family.startswith(("elementwise", "normalization", "softmax"))
 
 
 _OVERHEADS: tuple[tuple[str, Member, str, str], ...] = (
@@ -110,7 +124,7 @@ _OVERHEADS: tuple[tuple[str, Member, str, str], ...] = (
     ),
     (
         "casts",
-        lambda kernel: kernel.type == "Cast",
+        lambda kernel, _: kernel.type == "Cast",
         "casts between number formats",
         "keep neighbours in one format",
     ),
@@ -130,14 +144,8 @@ _OVERHEADS: tuple[tuple[str, Member, str, str], ...] = (
 
 
 def _overhead(
-    timed: Sequence[tuple[Kernel, float]],
-    total: float,
-    kind: str,
-    member: Member,
-    what: str,
-    cure: str,
+    chosen: Sequence[tuple[Kernel, float]], total: float, kind: str, what: str, cure: str
 ) -> list[Advice]:
-    chosen = [(kernel, ms) for kernel, ms in timed if member(kernel)]
     share = sum(ms for _, ms in chosen) / total
     if share < NOTABLE or (kind == "elementwise" and share < 2 * NOTABLE):
         return []

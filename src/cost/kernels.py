@@ -72,11 +72,12 @@ def kernels(
     *,
     storage: Storage | None = None,
     costs: Costs | None = None,
+    graph: RuntimeGraph | None = None,
 ) -> list[Kernel]:
     """The kernels of the main graph, in the order in which they run.
 
     A node with subgraphs or a called function is one kernel with the cost of its body. `costs`
-    spares computing them again.
+    and `graph` (the runtime's) spare computing them again.
     """
     if target.runtime is Runtime.TVM:
         storage = storage or storage_for(model, target, plan, dims)
@@ -91,7 +92,7 @@ def kernels(
 
     return [
         kernel_of(op, cost_inside if _rescales(op) else cost_of)
-        for op in runtime_graph(model, target, plan, dims)
+        for op in (runtime_graph(model, target, plan, dims) if graph is None else graph)
         if _runs(op)
     ]
 

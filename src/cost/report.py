@@ -13,16 +13,16 @@ from typing import Any
 import onnx_ir as ir
 
 from ..ir.graph import is_onnx_op, module_path, source_line
-from ..ir.ops import NodeCost, node_cost
+from ..ir.ops import NodeCost
 from ..ir.quant import QuantPlan
+from ..targets.registry import targets
 from ..targets.target import Runtime, Target
 from .advice import Advice, advice
-from .kernels import Kernel, kernels
+from .counts import Counts, count, unbound_dims
+from .kernels import Kernel
 from .latency import Latency, format_ms, latency
-from .memory import ActivationMemory, activation_memory
+from .memory import ActivationMemory
 from .profile import Profile
-from .size import file_bytes, parameter_count
-from .storage import storage_for
 from .text import format_bytes, format_count
 
 __all__ = [
@@ -32,6 +32,9 @@ __all__ = [
     "cost_report",
     "format_bytes",
     "format_count",
+    "of_others",
+    "report_of",
+    "unbound_dims",
 ]
 
 
@@ -194,30 +197,47 @@ def cost_report(
     model as it will be written, where `model` is it at given sizes. Nothing is raised for what
     can't be known: it is None, and a note says what is missing.
     """
-    storage = storage_for(model, target, plan, dims)
-    costs = {node: node_cost(node, dims, model.functions) for node in model.graph}
-    launched = kernels(model, target, plan, dims, storage=storage, costs=costs)
-    memory = activation_memory(model, target=target, storage=storage)
-    unbound = unbound_dims(model, dims)
-    unknown = [(n, c) for n, c in costs.items() if not c.is_known and not _is_free(n)]
-    sized = not (unknown and unbound)
-    time = latency(launched, target, threads, profile)
+    counted = count(model, target, plan, dims, saved)
+    return report_of(
+        counted,
+        target,
+        recipe=recipe,
+        notes=notes,
+        threads=threads,
+        profile=profile,
+        boards=boards,
+    )
+
+
+def report_of(
+    counted: Counts,
+    target: Target,
+    *,
+    recipe: str = "",
+    notes: Sequence[str] = (),
+    threads: int = 1,
+    profile: Profile | None = None,
+    boards: Sequence[Profile] = (),
+) -> CostReport:
+    """The report of what was counted, with its time; arguments as in `cost_report`."""
+    launched, costs, memory = counted.kernels, counted.costs, counted.memory
+    sized = not (counted.unknown and counted.unbound)
+    time = latency(launched, target, threads, profile, counted.described)
     if not sized:
         time = dataclasses.replace(
             time, ms=None, low_ms=None, high_ms=None, reason="dimensions without a size"
         )
-    missing = _unknown_ops(unknown) if sized else ()
+    missing = _unknown_ops(counted.unknown) if sized else ()
     moved = sum((k.bytes_read or 0) + (k.bytes_written or 0) for k in launched)
-    stored = file_bytes(saved or model, plan)
     others = sorted(
-        (latency(launched, target, threads, board) for board in boards if sized),
+        (latency(launched, target, threads, board, counted.described) for board in boards if sized),
         key=lambda item: item.ms or 0.0,
     )
     return CostReport(
         target=target.name,
         recipe=recipe,
-        file_bytes=stored,
-        parameters=parameter_count(model),
+        file_bytes=counted.file_bytes,
+        parameters=counted.parameters,
         macs=sum(cost.macs or 0 for cost in costs.values()) if sized else None,
         flops=sum(cost.flops for cost in costs.values()) if sized else None,
         bytes_moved=moved if sized else None,
@@ -226,28 +246,25 @@ def cost_report(
         unknown_ops=missing,
         notes=(
             *notes,
-            *_notes(target, plan, unbound if not sized else (), missing, memory, time),
+            *_notes(
+                target, counted.plan, counted.unbound if not sized else (), missing, memory, time
+            ),
+            *(of_others(profile, target) if profile is not None and time.ms is not None else ()),
             *_range(others),
         ),
         nodes=_rows(costs, launched, memory, time),
         kernels=_kernel_rows(launched, time),
         boards=tuple(others),
-        advice=advice(launched, time, memory.peak_bytes, stored) if sized else (),
+        advice=(
+            advice(launched, time, memory.peak_bytes, counted.file_bytes, counted.described)
+            if sized
+            else ()
+        ),
     )
 
 
 def _is_free(node: ir.Node) -> bool:
     return is_onnx_op(node, "Constant")
-
-
-def unbound_dims(model: ir.Model, dims: Mapping[str, int] | None) -> tuple[str, ...]:
-    """The named dimensions of the model's inputs that `dims` gives no size, in order."""
-    found: dict[str, None] = {}
-    for value in model.graph.inputs:
-        for dim in value.shape.dims if value.shape is not None else ():
-            if not isinstance(dim, int) and dim.value is not None and dim.value not in (dims or {}):
-                found[dim.value] = None
-    return tuple(found)
 
 
 def _unknown_ops(unknown: Sequence[tuple[ir.Node, NodeCost]]) -> tuple[tuple[str, int, str], ...]:
@@ -280,6 +297,26 @@ def _how_latency_is_known(time: Latency) -> list[str]:
         notes.append(
             f"{time.novel - time.assumed:.0%} of the time is in kernels unlike those it was fitted "
             "on: the interval is wider"
+        )
+    return notes
+
+
+def of_others(profile: Profile, target: Target) -> list[str]:
+    """Where the profile is of another runtime than the target's, or of another target's kernels."""
+    notes = []
+    if profile.runtime and profile.runtime != target.runtime:
+        notes.append(
+            f"times are predicted by a profile of {profile.runtime}; under {target.runtime} they "
+            "differ: compare recipes and architectures, not milliseconds"
+        )
+    fitted = targets().get(profile.target)
+    if fitted is not None and (fitted.hardware.arch, fitted.runtime) != (
+        target.hardware.arch,
+        target.runtime,
+    ):
+        notes.append(
+            f"the profile {profile.name!r} prices kernels of {profile.target}; {target.name} runs "
+            "others"
         )
     return notes
 
