@@ -480,6 +480,17 @@ def test_three_projections_become_one_packed_weight():
     assert sorted(v.shape.rank() for v in model.graph.initializers.values()) == [1, 2]
 
 
+def test_projections_of_rows_in_another_order_stay_outside():
+    """(length, 1, width) has the columns that (1, length, width) has, and other batches."""
+    net = Net()
+    rows = net("Transpose", "x", perm=(1, 0, 2))  # as torch does of sequences of one batch
+    o = net("Reshape", net.linear(rows, 3 * D), ints(1, L, 3 * D))
+    q, k, v = net("Split", o, ints(D, D, D), outs=3, axis=2)
+    y = attend(net, net.heads(q), net.heads(k, (0, 2, 3, 1)), net.heads(v))
+    model = net.model({"x": ("f", [1, L, D])}, net.merge(y))
+    assert "Attention" not in operators(model, [FuseAttention(), AttentionForms()])
+
+
 def test_a_missing_bias_is_zero():
     """Whisper's keys have none."""
     net = Net()

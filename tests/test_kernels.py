@@ -115,6 +115,23 @@ def qkv() -> onnx.ModelProto:
     )
 
 
+def rows_first(*nodes: onnx.NodeProto) -> onnx.ModelProto:
+    """Nodes that read `p` and `q`, (batch, rows, columns) of what has the rows first."""
+    return net(
+        [op("Transpose", "x", "p", perm=[1, 0, 2]), *nodes], {"x": (6, 4, 8), "z": (6, 4, 8)}, {}
+    )
+
+
+def cut(*nodes: onnx.NodeProto) -> onnx.ModelProto:
+    """Nodes that take `f`, the first row of `e`, and `r`, the others."""
+    return net(
+        [op("Erf", "x", "e"), op("Gather", "e zero", "f", axis=1), *nodes],
+        {"x": (2, 5, 8)},
+        {"zero": np.int64(0), "one": ints(1), "two": ints(2), "end": ints(5), "axis": ints(1)},
+        ("y", "u"),
+    )
+
+
 def transposed(*nodes: onnx.NodeProto, outputs: tuple[str, ...] = ("y",), **constants: Any) -> Any:
     """Nodes that read `t`, a transposed [1, 36, 20]."""
     return net(
@@ -146,6 +163,48 @@ NETS = {
     "maxpool-odd": behind_conv(op("MaxPool", "a", "y", kernel_shape=[2, 2]), channels=20),
     "normalized": behind_conv(
         op("Relu", "a", "r"), op("BatchNormalization", "r s s s s", "y"), s=abs(weight(32))
+    ),
+    "averages-of-broken-windows": behind_conv(
+        op("AveragePool", "a", "y", kernel_shape=[3, 3], strides=[2, 2], ceil_mode=1)
+    ),
+    "averages-of-broken-windows-and-pads": behind_conv(
+        op(
+            "AveragePool",
+            "a",
+            "y",
+            kernel_shape=[3, 3],
+            strides=[2, 2],
+            ceil_mode=1,
+            count_include_pad=1,
+        )
+    ),
+    "mish": behind_conv(op("Mish", "a", "y")),
+    "scaled-gate": net(
+        [op("Mul", "x c", "m"), op("Sigmoid", "m", "s"), op("Mul", "x s", "y")],
+        {"x": (1, 6, 8)},
+        {"c": np.float32(1.702)},
+    ),
+    "positions-normalized": net(
+        [op("Erf", "x", "e"), op("Add", "e c", "a"), op("LayerNormalization", "a s s", "y")],
+        {"x": (1, 6, 8)},
+        {"c": weight(1, 6, 8), "s": weight(8)},
+    ),
+    "product-of-weights": net(
+        [op("MatMul", "c w", "k"), op("MatMul", "x k", "y")],
+        {"x": (6, 4)},
+        {"c": weight(4, 8), "w": weight(8, 5)},
+    ),
+    "rows-first": rows_first(op("Transpose", "z", "q", perm=[1, 2, 0]), op("MatMul", "p q", "y")),
+    "rows-first-of-one": rows_first(
+        op("Transpose", "z", "q", perm=[1, 2, 0]),
+        op("Erf", "q", "g"),
+        op("MatMul", "p g", "y"),
+    ),
+    "first-and-others": cut(
+        op("Slice", "e one end axis", "r"), op("Relu", "f", "y"), op("Relu", "r", "u")
+    ),
+    "first-and-some": cut(
+        op("Slice", "e two end axis", "r"), op("Relu", "f", "y"), op("Relu", "r", "u")
     ),
     "channels-last": behind_conv(op("Transpose", "a", "y", perm=TO_LAST)),
     "resize": behind_conv(
@@ -231,7 +290,7 @@ def executed(model: onnx.ModelProto, folder: Path) -> Counter[tuple[str, str, tu
         arguments = event["args"]
         if arguments["op_name"] not in VIEWS:
             shape = tuple(next(iter(arguments["output_type_shape"][0].values())))
-            domain = domains[name, arguments["op_name"]]
+            domain = domains.get((name, arguments["op_name"]), "")  # functions go in later
             found[domain, arguments["op_name"], shape] += 1
     return found
 

@@ -225,7 +225,27 @@ SATURATING = """(float[1,8,8,8] x, float[8,8,3,3] w, float[8,8,1,1] w2) => (floa
     b = Relu(c)
     y = Conv(b, w2)
 }"""
+GREATEST = """(float[1,8,12,12] x, float[16,8,3,3] w, float[8,16,1,1] w2, float[4,8] w3,
+    float[4] b) => (float[1,4] y) {
+    a = Conv(x, w)
+    r = Relu(a)
+    m = ReduceMax<axes=[2,3]>(r)
+    c = Conv(m, w2)
+    f = Flatten(c)
+    g = Gemm<transB=1>(f, w3, b)
+    y = Relu(g)
+}"""
+ENLARGED = """(float[1,8,12,12] x, float[16,8,3,3] w, float[16,16,1,1] w2)
+    => (float[1,16,20,20] y) {
+    a = Conv(x, w)
+    s = Constant<value_floats=[1.0,1.0,2.0,2.0]>()
+    r = Resize<mode="nearest", coordinate_transformation_mode="asymmetric">(a, , s)
+    y = Conv(r, w2)
+}"""
 NETS = {
+    "greatest, with a scale of its own": lambda: by_pass(parsed(GREATEST), "host"),
+    "enlarged": lambda: by_pass(parsed(ENLARGED), "host"),
+    "enlarged linearly": lambda: by_pass(parsed(ENLARGED.replace("nearest", "linear")), "host"),
     "residual": lambda: by_pass(parsed(RESIDUAL), "host"),
     "residual, per tensor": lambda: by_pass(parsed(RESIDUAL), "host", per_channel=False),
     "residual, signed": lambda: by_pass(parsed(RESIDUAL), "host", scheme="s8s8"),

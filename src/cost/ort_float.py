@@ -92,13 +92,11 @@ def fuse(graph: RuntimeGraph, target: Target) -> None:
 def _take_transposes(graph: RuntimeGraph, op: Op) -> None:
     """Matrix products read an operand whose last two dimensions are swapped as it was before.
 
-    So they do where in both the rows come first of all, before the batch: (rows, batch, columns).
+    So they do where the rows come first of all, before the batch: (rows, batch, columns).
     """
     if any(t is None or t.shape is None or len(t.shape) < 2 for t in op.inputs[:2]):
         return
     found = [_swap(op.inputs[index]) for index in (0, 1)]
-    if found[0] is None or found[1] is None or found[0].batch != found[1].batch:
-        found = [None if swap is None or swap.batch else swap for swap in found]
     flags: dict[str, int] = {}
     for index, swap in enumerate(found):
         source = op.inputs[index]

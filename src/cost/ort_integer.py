@@ -426,9 +426,9 @@ def _gemm(graph: RuntimeGraph, op: Op, signed: bool) -> None:
 def _stays_float(graph: RuntimeGraph, result: Tensor) -> bool:
     """Whether floats that a product would return are read by what forbids its integer form."""
     user = graph.only_user(result)
-    return any(is_quantize(u) for u in result.users) or (
-        user is not None and user.is_onnx("Relu", "Clip")
-    )
+    if user is not None and user.is_onnx("Relu", "Clip"):
+        return graph.only_user(user.outputs[0]) is not None
+    return any(is_quantize(u) for u in result.users)
 
 
 def _matmul(graph: RuntimeGraph, op: Op, signed: bool) -> None:

@@ -142,7 +142,7 @@ class _Blocking:
             return
         if source.shape[1] % self.block or len(op.outputs) > 1 or op.outputs[0].shape is None:
             return
-        if op.type == "AveragePool" and op.attribute("ceil_mode", 0):  # MaxPool has a blocked form
+        if op.attribute("ceil_mode", 0) and op.attribute("count_include_pad", 0):
             return
         op.domain = NCHWC
         self._read_blocked(op, 0)
