@@ -20,7 +20,7 @@ from .compiled import Compiled
 from .cost.budget import Budget
 from .cost.latency import MEASURED, Latency
 from .cost.profiles import profile_for
-from .cost.report import CostReport, cost_report
+from .cost.report import CostReport, cost_report, of_others
 from .errors import EdgepassError, UnsupportedOpError
 from .frontends import load_notes, load_supported
 from .ir.graph import all_nodes, graph_tree
@@ -118,14 +118,17 @@ def compile(  # noqa: A001 - the name users look for
         placement.require_fast()
     if recipe == "default" and device.scheme is not None:
         notes.append(_what_int8_adds(graph, device, sizes))
+    profile = profile_for(device)
     report = cost_report(
         at_sizes(graph, sizes),
         device,
         recipe=recipe,
         dims=sizes,
         saved=graph,
-        profile=profile_for(device),
+        profile=profile,
     )
+    if profile is not None:
+        notes += of_others(profile, device)
     compiled = Compiled(
         model=graph,
         target=device,
