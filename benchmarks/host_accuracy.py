@@ -7,7 +7,7 @@ Make the profile first: `edgepass calibrate --target host -o PROFILE.json`. Each
 without its weights; then they are drawn at random, the recipe is applied (int8 with one random
 calibration sample) and the result is timed in ONNX Runtime with the runtime's own defaults.
 Sessions take turns, one that has just become active warms up for `--warm` seconds, and the time is
-the median over rounds of the fastest run of a round. Printed are, for each number of threads and
+the fastest round's, a round's being that of its fastest run: other work on the machine only adds. Printed are, for each number of threads and
 recipe: the median absolute error, the share of models within 10 % and 20 %, Spearman's rank
 correlation and the share of truths inside the 80 % intervals; and how often the sign of "int8 is
 slower than fp32" is right where the difference exceeds 10 %. `--truths` keeps what was measured, so
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -111,7 +110,7 @@ def _measure(
             found[key].append(_least(lambda runner=runner: runner.run(feed), arguments.warm))
     for runner in runners.values():
         runner.close()
-    return {key: statistics.median(times) for key, times in found.items()}
+    return {key: min(times) for key, times in found.items()}
 
 
 def _least(call: Callable[[], Any], warm: float) -> float:

@@ -62,6 +62,13 @@ def test_the_board_of_the_docs():
     assert edgepass.get_target("my-board").hardware.cores == 2
 
 
+def test_the_estimate_of_the_docs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    ir.save(ir.from_onnx_text(TEXT), "model.onnx")
+    exec(blocks("docs/cost.md")[0], {"edgepass": edgepass})
+    assert "calibrated" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_links_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
