@@ -23,8 +23,9 @@ from host import describe_host
 
 import edgepass
 from edgepass.cost.features import Features
-from edgepass.cost.profile import load_profile
+from edgepass.cost.profile import Profile, load_profile
 from edgepass.cost.timings import TimedModel, fit_timings, hold_out
+from edgepass.timing_tables import fit_models
 
 
 def main() -> None:
@@ -75,18 +76,15 @@ def figures(predicted: np.ndarray, truth: np.ndarray) -> str:
     )
 
 
-def _ten_models(samples: Sequence[TimedModel], prior: object, options: argparse.Namespace) -> None:
+def _ten_models(
+    samples: Sequence[TimedModel], prior: Profile | None, options: argparse.Namespace
+) -> None:
     rng = np.random.default_rng(0)
     rows = []
     for _ in range(options.ten_models):
         drawn = set(rng.choice(len(samples), 10, replace=False).tolist())
-        profile = fit_timings(
-            [samples[i] for i in sorted(drawn)],
-            name="ten models",
-            device="",
-            runtime=options.runtime,
-            prior=prior,
-        )
+        facts = {"name": "ten models", "device": "", "runtime": options.runtime}
+        profile = fit_models([samples[i] for i in sorted(drawn)], prior, facts)
         others = [sample for i, sample in enumerate(samples) if i not in drawn]
         predicted = np.array([profile.predict(sample.kernels).ms for sample in others])
         error = np.abs(predicted / np.array([sample.ms for sample in others]) - 1)

@@ -1,7 +1,8 @@
 """A profile from a table of timings of model files: `edgepass calibrate --from timings.csv`.
 
 Here: `profile_from_table`, which reads the table, loads every model and hands kernels and times to
-the fit. Not here: the fit (`cost.timings`, `cost.fleet`), measuring this machine (`calibrating`).
+the fit, and `fit_models`, which chooses it. Not here: the fit (`cost.timings`, `cost.fleet`),
+measuring this machine (`calibrating`).
 """
 
 from __future__ import annotations
@@ -62,9 +63,24 @@ def profile_from_table(
         "target": chip.name,
         "source": f"{len(samples)} whole-model timings in {path.name}",
     }
-    if related is not None and is_fleet(related):
-        return _one_of_a_fleet(samples, related, facts)
-    return fit_timings(samples, **facts, prior=related, progress=progress)
+    return fit_models(samples, related, facts, progress)
+
+
+def fit_models(
+    samples: Sequence[TimedModel],
+    prior: Profile | None,
+    facts: Mapping[str, Any],
+    progress: ProgressCall | None = None,
+) -> Profile:
+    """Fit a profile to models whose kernels are known, by what the prior is: a fleet's, a device's
+    or none. `facts`: name, device, runtime, target and source of the profile.
+
+    Raises:
+        ProfileError: there are too few timings.
+    """
+    if prior is not None and is_fleet(prior):
+        return _one_of_a_fleet(samples, prior, facts)
+    return fit_timings(samples, **facts, prior=prior, progress=progress)
 
 
 def _one_of_a_fleet(
@@ -82,11 +98,11 @@ def _one_of_a_fleet(
                 fix="time at least three models, ten for a profile that is worth much",
             )
     notes = [f"started from the profile {related.name!r}: {related.source}"]
+    fleet = Fleet.from_profile(related)
     if related.runtime != facts["runtime"]:
+        fleet = fleet.under_another_runtime()
         notes.append(f"that one is of {related.runtime}, these timings of {facts['runtime']}")
-    return Fleet.from_profile(related).adapt(
-        by_threads, **facts, date=datetime.date.today().isoformat(), notes=notes
-    )
+    return fleet.adapt(by_threads, **facts, date=datetime.date.today().isoformat(), notes=notes)
 
 
 def _timed(table: Path, row: TimingRow, target: Target) -> TimedModel:

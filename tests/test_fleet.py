@@ -138,6 +138,21 @@ def test_networks_unlike_any_known_have_a_wider_interval(world: World) -> None:
     assert new.high_ms / new.ms > 1.05 * known.high_ms / known.ms
 
 
+def test_timings_of_another_runtime_are_held_less_to_the_fleet(world: World) -> None:
+    loose = world.fleet.under_another_runtime()
+    # arithmetic takes three times what any device of the fleet takes beside its memory
+    rates = world.logs[-1] + np.log(3.0) * np.array(["winograd" in name for name in NAMES])
+    everything = design(list(world.models.values()))
+    ms = everything.times(rates)
+    errors = []
+    for fleet in (world.fleet, loose):
+        found = everything.times(fleet.adapt_rates(everything.rows(range(10)), ms[:10]))
+        errors.append(np.median(np.abs(found / ms - 1)[10:]))
+    assert errors[1] < errors[0]
+    known = _adapt(world, range(10), loose).settings[0]
+    assert known.whole is None  # what ncnn takes for a network says nothing of another runtime
+
+
 def test_a_fleets_profile_round_trips(world: World, tmp_path: Path) -> None:
     fleet = dataclasses.replace(world.fleet, intervals={"": Interval(0.9, 1.11, 1.0)})
     saved = fleet.as_profile("fleet-test", runtime="ncnn", source="a test").save(

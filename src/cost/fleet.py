@@ -39,6 +39,8 @@ _COMMON = 0.3  # variance of what all rates of a device share
 _PRIOR_WEIGHT = 8.0  # devices that the assumed covariance counts for
 _DRIFT = 0.4  # by how much rates may differ from where fitting starts, beside the speed
 _MISFIT = 0.1  # deviation of what all devices have in common in one model
+_LOOSER = 4.0  # variance of rates where the runtime differs
+_LOOSER_NOISE = 0.03
 _OFTEN = 6  # devices with a number of threads, for a typical one to be told
 _FLEET_COUNT = 10  # held-out models that the fleet's interval counts for
 
@@ -72,7 +74,8 @@ class Fleet:
     `devices`: (device, threads, block) in the order of `rates`, logarithms, [devices, rates].
     `misfit`: model -> what devices have in common in it that its kernels do not explain, as a
     logarithm. `intervals`: 80 % intervals of devices adapted to, by what models compute in; as they
-    are for networks that the fleet has run (`nets`), wider by `Interval.novel` for others.
+    are for networks that the fleet has run (`nets`), wider by `Interval.novel` for others. `noise`:
+    by how much a model's time deviates from what a device's rates say, relative.
     """
 
     mean: Array
@@ -82,6 +85,7 @@ class Fleet:
     misfit: Mapping[str, float] = dataclasses.field(default_factory=dict)
     intervals: Mapping[str, Interval] = dataclasses.field(default_factory=dict)
     nets: KnownNets | None = None
+    noise: float = NOISE
 
     @classmethod
     def from_profile(cls, profile: Profile) -> Fleet:
@@ -146,13 +150,30 @@ class Fleet:
         found: Array = self.rates[chosen].mean(0)
         return found
 
+    def under_another_runtime(self) -> Fleet:
+        """What is left to know of devices whose timings are not of the fleet's runtime.
+
+        Rates may differ more than between devices, and what networks take besides does not carry
+        over. By how much was chosen on one device (Jetson Nano, ONNX Runtime) with ncnn's fleet.
+        """
+        return dataclasses.replace(
+            self, covariance=self.covariance * _LOOSER, nets=None, noise=_LOOSER_NOISE
+        )
+
     def adapt_rates(self, rows: Design, ms: Array, misfit: Array | None = None) -> Array:
         """Logarithms of a device's most likely rates, given models and their milliseconds."""
         offset = np.zeros(len(ms)) if misfit is None else misfit
         logs = np.log(ms)
         start = self.mean + np.median(logs - offset - np.log(rows.times(self.mean)))
         found, _, _ = _most_likely(
-            start[None], self.mean, self.covariance, rows, logs[None], offset, rounds=12
+            start[None],
+            self.mean,
+            self.covariance,
+            rows,
+            logs[None],
+            offset,
+            rounds=12,
+            noise=self.noise,
         )
         result: Array = found[0]
         return result
@@ -375,6 +396,7 @@ def _most_likely(
     logs: Array,
     offset: Array,
     rounds: int,
+    noise: float = NOISE,
 ) -> tuple[Array, Array, Array]:
     """Rates of all devices by Gauss-Newton: [devices, rates], their covariances, residuals."""
     precision = np.linalg.inv(covariance)
@@ -386,7 +408,7 @@ def _most_likely(
         times = each.sum(2)
         slope = (each / times[:, :, None]) @ rows.uses
         residual = np.where(there, known - np.log(times) - offset, 0.0)
-        trust = there * (FREEDOM + 1) / (FREEDOM + (residual / NOISE) ** 2) / NOISE**2
+        trust = there * (FREEDOM + 1) / (FREEDOM + (residual / noise) ** 2) / noise**2
         weighted = slope * trust[:, :, None]
         curvature = precision + np.swapaxes(weighted, 1, 2) @ slope
         gradient = (weighted * residual[:, :, None]).sum(1) - (rates - mean) @ precision
