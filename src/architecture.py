@@ -220,10 +220,12 @@ class Architecture:
             model = without_weights(model)
         elif rest:
             model = model.clone()
+        shaped = False
         for planned, items in itertools.groupby(rest, key=lambda item: item.needs_weights):
             if not planned:
-                model, _ = run_passes(model, list(items), context, quick=True)
+                model, _ = run_passes(model, list(items), context, quick=True, shaped=shaped)
                 continue
+            shaped = True  # a preview writes the shape of all that it writes
             for item in items:
                 assert isinstance(item, Previewed)
                 notes += _planned(item.plan(model, context), get_target(context.target or "host"))

@@ -97,6 +97,7 @@ class RuntimeGraph:
         graph = model.graph if isinstance(model, ir.Model) else model
         self.ops: dict[Op, None] = {}
         self._count = 0
+        self._is_sorted = False
         self.tensors: dict[ir.Value, Tensor] = {}
         folded = folded_values(graph, products=True)
         self.inputs = [
@@ -161,6 +162,7 @@ class RuntimeGraph:
     # --- changing --------------------------------------------------------------------------------
 
     def _add(self, op: Op) -> None:
+        self._is_sorted = False
         self.ops[op] = None
         self.renew(op)
         for tensor in op.inputs:
@@ -176,6 +178,7 @@ class RuntimeGraph:
 
     def remove(self, op: Op) -> None:
         """Take an operator out; whoever reads its outputs must have been told to read others."""
+        self._is_sorted = False
         del self.ops[op]
         for tensor in op.inputs:
             if tensor is not None:
@@ -186,6 +189,7 @@ class RuntimeGraph:
 
     def set_input(self, op: Op, index: int, tensor: Tensor | None) -> None:
         """Let an operator read another tensor (index may be one past its last input)."""
+        self._is_sorted = False
         while len(op.inputs) <= index:
             op.inputs.append(None)
         before = op.inputs[index]
@@ -197,6 +201,7 @@ class RuntimeGraph:
 
     def set_output(self, op: Op, index: int, tensor: Tensor) -> None:
         """Let an operator write another tensor, whose former producer no longer does."""
+        self._is_sorted = False
         op.outputs[index].producer = None
         op.outputs[index] = tensor
         tensor.producer = op
@@ -213,6 +218,7 @@ class RuntimeGraph:
 
     def renew(self, op: Op) -> None:
         """Let an operator count as new, as it is where a runtime puts a new one in its place."""
+        self._is_sorted = False
         self._count += 1
         op.index = self._count
 
@@ -222,6 +228,8 @@ class RuntimeGraph:
         Depth first from the last results, inputs before their readers; of several inputs, the one
         whose maker was created last comes first. Found by holding profiles against saved graphs.
         """
+        if self._is_sorted:
+            return
         stack = [
             (op, False)
             for op in sorted(self.ops, key=_index)
@@ -245,6 +253,7 @@ class RuntimeGraph:
             }
             stack.extend((maker, False) for maker in sorted(makers, key=_index))
         self.ops = done
+        self._is_sorted = True
 
 
 def _index(op: Op) -> int:

@@ -41,6 +41,7 @@ class _Progress:
     first: dict[str, np.ndarray] | None = None
     before_names: list[str] = dataclasses.field(default_factory=list)
     quick: bool = False
+    indexed: bool = False
 
 
 def sort_by_stage(passes: Sequence[Pass]) -> list[Pass]:
@@ -56,12 +57,13 @@ def run_passes(
     probe: Probe | None = None,
     after_pass: Callable[[Pass, ir.Model], None] | None = None,
     quick: bool = False,
+    shaped: bool = False,
 ) -> tuple[ir.Model, Ledger]:
     """Run passes over a model, which may be changed in place.
 
     `probe` makes each modifying pass report its numeric error against the model before it.
     `after_pass` is called with each pass that changed the model, and the model. `quick` leaves the
-    MACs of models with dynamic shapes out of the ledger.
+    MACs of models with dynamic shapes out of the ledger. `shaped`: every value has its shape.
 
     Raises:
         InvalidGraphError: the model is unsound before the first pass.
@@ -72,7 +74,8 @@ def run_passes(
     context = context or Context()
     verify(model)
     reference, unchecked = _reference(model, probe)
-    infer_shapes(model)
+    if not shaped:
+        infer_shapes(model)
     state = _Progress(
         model,
         context,
@@ -143,7 +146,9 @@ def _run_one(state: _Progress, item: Pass) -> LedgerRow:
             fix="use `edgepass.estimate` to price the recipe, or provide the weights",
         )
     signature = interface(model.graph.inputs), interface(model.graph.outputs)
-    index_names(model)
+    if not state.indexed:  # what a pass that changed nothing left is still right
+        index_names(model)
+        state.indexed = True
     started = time.perf_counter()
     result = _call(state, item, model)
     seconds = time.perf_counter() - started
@@ -151,6 +156,7 @@ def _run_one(state: _Progress, item: Pass) -> LedgerRow:
     before = state.current
     error, note = None, state.unchecked
     if result.modified:
+        state.indexed = False
         _check_after(state, item, signature)
         state.current = measure(result.model, state.context.dims, infer=not state.quick)
         if state.probe is not None:
