@@ -342,8 +342,8 @@ MORE: dict[str, Callable[[], Case]] = {
     "text: Llama, tied head": lambda: _causal(
         "Llama", num_key_value_heads=2, **{**_TEXT, "vocab_size": 500}
     ),
-    "text: GPT-2, tied head": lambda: _causal(
-        "GPT2", vocab_size=500, n_embd=64, n_layer=2, n_head=4
+    "text: OPT, tied head": lambda: _causal(
+        "OPT", ffn_dim=128, word_embed_proj_dim=64, **{**_TEXT, "vocab_size": 500}
     ),
     "image: BEiT": lambda: _transformer("Beit", _IMAGE, **_VIT),
     "image: DINOv2": lambda: _transformer("Dinov2", _IMAGE, **_VIT),

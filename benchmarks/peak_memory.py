@@ -47,7 +47,8 @@ options.add_session_config_entry("session.use_env_allocators", "1")
 for pair in sys.argv[2:]:
     options.add_session_config_entry(*pair.split("=", 1))
 session = ort.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
-feed = {i.name: np.zeros(i.shape, np.float32) for i in session.get_inputs()}
+kinds = {"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_}
+feed = {i.name: np.zeros(i.shape, kinds.get(i.type, np.float32)) for i in session.get_inputs()}
 shrink = ort.RunOptions()
 shrink.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 session.run(None, feed, shrink)
@@ -64,7 +65,7 @@ def main() -> None:
     options = parser.parse_args()
     print(describe_host())
     target = get_target("host")
-    errors = []
+    errors: list[float] = []
     for path in options.models:
         model = prepared(path, target, None if options.raw else options.recipe)
         peak = activation_memory(model, target=target).peak_bytes
