@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from ..errors import CalibrationError, UsageError
 from .features import Features
 from .microbench import Bench, NetTime
-from .microbench_fit import fit_class, refit_class
+from .microbench_fit import Relatives, fit_class, refit_class
 from .microbench_nets import REFERENCE, synthetic_net
 from .profile import ClassModel, HeldOut, Interval, Profile, Setting
 from .profiles import cpu_features, cpu_name
@@ -205,7 +205,10 @@ def fit_setting(nets: Sequence[NetTime], threads: int) -> Setting:
         for kernel in net.kernels
     ]
     grouped = _by_class(rows)
-    classes = {key: _fit(found) for key, found in grouped.items()}
+    classes = {
+        key: fit_class(*_samples(found), relatives=_relatives(key, found, grouped))
+        for key, found in grouped.items()
+    }
     setting = Setting(threads, classes)
     scale = _scale(mine, rows, setting)
     held_out = _held_out(mine, rows, grouped, classes, threads, scale)
@@ -253,9 +256,23 @@ def _by_class(rows: Sequence[_Row]) -> dict[str, list[_Row]]:
     return kept
 
 
-def _fit(rows: Sequence[_Row]) -> ClassModel:
-    ms = np.array([row.ms for row in rows])
-    return fit_class([row.features for row in rows], ms)
+def _samples(rows: Sequence[_Row]) -> Relatives:
+    return [row.features for row in rows], np.array([row.ms for row in rows])
+
+
+_FEW = 400
+"""Relatives that a class looks at, at the most."""
+
+
+def _relatives(
+    key: str, own: Sequence[_Row], grouped: Mapping[str, Sequence[_Row]]
+) -> Relatives | None:
+    """Other operators of an operator's family; None for a family."""
+    if key.count(":") < 2:
+        return None
+    _, family = own[0].features.keys
+    others = [row for row in grouped.get(family, ()) if row.features.type != own[0].features.type]
+    return _samples(others[:: -(-len(others) // _FEW)]) if len(others) >= _MIN_FAMILY else None
 
 
 def kernel_times(setting: Setting, found: Sequence[Features]) -> Array:
@@ -305,11 +322,14 @@ def _held_out(
     errors: dict[str, list[float]] = defaultdict(list)
     for fold in range(FOLDS):
         fitted = {}
-        for key, found in grouped.items():
-            seen = [row for row in found if fold_of[nets[row.net].net] != fold]
+        left = {
+            key: [row for row in found if fold_of[nets[row.net].net] != fold]
+            for key, found in grouped.items()
+        }
+        for key, seen in left.items():
             if len(seen) >= _MIN_FAMILY:
-                ms = np.array([row.ms for row in seen])
-                fitted[key] = refit_class(classes[key], [row.features for row in seen], ms)
+                relatives = _relatives(key, seen, left)
+                fitted[key] = refit_class(classes[key], *_samples(seen), relatives)
         setting = Setting(threads, fitted)
         mine = [row for row in rows if fold_of[nets[row.net].net] == fold]
         times = kernel_times(setting, [row.features for row in mine])

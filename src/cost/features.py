@@ -27,7 +27,8 @@ class Features:
 
     `family`: what kind of work ("convolution/depthwise"); `type`: the runtime's operator; `dtype`:
     what it computes in. `amounts`: what time grows with, all non-negative: `macs`, `padded_macs`,
-    `elements` (written), `read`, `written` and `weights` (bytes), `launch` (1). `coordinates`:
+    `elements` (written), `read`, `written` and `weights` (bytes), `launch` (1), and what only some
+    families have. `coordinates`:
     where the kernel lies among those of its family, in logarithms to base 2 or small numbers;
     every kernel of a family has the same ones.
     """
@@ -209,6 +210,16 @@ def _amounts(
     }
 
 
+def _leftover(columns: int, steps: float) -> float:
+    """Steps with columns left over that fill no vector: many kernels handle them apart."""
+    return float(steps) if columns % LANES else 0.0
+
+
+def _alignment(columns: int) -> float:
+    """The largest power of two, up to 64, that divides them, as a logarithm."""
+    return _log(math.gcd(columns, 64))
+
+
 def _log(value: float) -> float:
     return math.log2(max(1.0, value))
 
@@ -267,6 +278,7 @@ def _convolution(
     elif kind == "first":
         padded *= per_group
     present = [operand for operand in inputs if operand is not None]
+    wide = channels_out if kind == "depthwise" else group_out
     activation = str(attributes.get("activation", ""))
     by_table, hard = activation in _FUNCTIONS, activation in _HARD
     return Features(
@@ -282,6 +294,9 @@ def _convolution(
                 padded_macs=padded,
                 elements=float(result.elements),
                 unrolled=float(pixels * area * channels_in) if area > 1 else 0.0,
+                leftover=_leftover(
+                    wide, pixels * area * (1 if kind == "depthwise" else channels_in)
+                ),
                 activated=float(result.elements) if by_table else 0.0,
                 hard_activated=float(result.elements) if hard else 0.0,
                 **_unevenness(attributes.get("pads"), data.nbytes, macs),
@@ -296,6 +311,7 @@ def _convolution(
                 "area": _log(area),
                 "stride": _log(pixels_in / max(1, pixels)) / 2,
                 "fill": channels_out / (math.ceil(channels_out / LANES) * LANES),
+                "aligned": _alignment(wide),
                 "square": _squareness(weight.shape[2:]),
                 "function": 1.0 if by_table else 0.5 if hard else 0.0,
             }
@@ -363,6 +379,7 @@ def _product(
                 right.nbytes if shared else 0.0,
                 macs=macs,
                 padded_macs=float(batch * rows * math.ceil(columns / LANES) * LANES * depth),
+                leftover=_leftover(columns, batch * rows * depth),
                 elements=float(result.elements),
             )
         ),
@@ -373,6 +390,7 @@ def _product(
                 "depth": _log(depth),
                 "batch": _log(batch),
                 "fill": columns / (math.ceil(columns / LANES) * LANES),
+                "aligned": _alignment(columns),
             }
         ),
     )
@@ -450,7 +468,12 @@ def _other(
     elif family == "normalization":
         more = {"rows": elements / max(1, inner)}
     elif family == "reduction":
-        more = {"rows": float(result.elements), "strided": elements if inner > 1 else 0.0}
+        leading = inner > 1 and inner == result.elements  # nothing is kept before what is reduced
+        more = {
+            "rows": float(result.elements),
+            "strided": elements if inner > 1 else 0.0,
+            "leading": elements if leading else 0.0,
+        }
     elif family == "pooling":
         area = math.prod(attributes.get("kernel_shape") or (1,))
         coordinates = {"area": _log(area)}

@@ -25,6 +25,8 @@ CLOCK_MS = 0.0007
 """What a kernel's time is uncertain by at the least: the profiler counts microseconds."""
 NOISE = 0.03
 """The relative noise of a kernel's time, at the least."""
+Relatives = tuple[Sequence[Features], Array]
+_RELATIVES = 6.0
 MAX_POINTS = 160
 MIN_FOR_CORRECTION = 10
 _CLIP = 1.6  # logarithm; what is further off is an outlier
@@ -71,24 +73,40 @@ def non_negative(matrix: Array, target: Array, rounds: int = 300) -> Array:
     return found
 
 
-def fit_base(found: Sequence[Features], ms: Array) -> dict[str, float]:
+def fit_base(
+    found: Sequence[Features], ms: Array, relatives: Relatives | None = None
+) -> dict[str, float]:
     """Milliseconds per unit of each amount; amounts that do not help are left out.
 
-    Errors are relative, and those of few kernels far off count less (Huber's weights).
+    Errors are relative, and those of few kernels far off count less (Huber's weights). `relatives`
+    count as `_RELATIVES` kernels together, whatever their number, and at the class's own level.
     """
     names = sorted({name for features in found for name in features.amounts})
-    matrix = np.array([[f.amounts.get(name, 0.0) for name in names] for f in found])
-    weights = 1.0 / (ms * relative_noise(ms) / NOISE)
+    matrix = _amounts_of(found, names)
+    trust = np.ones(len(ms))
+    if relatives is not None and len(relatives[0]):
+        others, other_ms = _amounts_of(relatives[0], names), relatives[1]
+        shared = fit_base(*relatives)
+        level = float(np.median(ms / np.maximum(base_of(shared, found), CLOCK_MS)))
+        matrix = np.vstack([matrix, others])
+        share = math.sqrt(_RELATIVES / len(other_ms))
+        trust = np.concatenate([trust, np.full(len(other_ms), min(1.0, share))])
+        ms = np.concatenate([ms, level * other_ms])
+    scale = trust / (ms * relative_noise(ms) / NOISE)
+    weights = scale
     terms = np.zeros(len(names))
     for _ in range(4):
         terms = non_negative(matrix * weights[:, None], ms * weights)
         off = np.abs(matrix @ terms - ms) / ms
         bound = max(0.05, 1.5 * float(np.median(off)))
-        weights = np.sqrt(np.minimum(1.0, bound / np.maximum(off, 1e-9)))
-        weights /= ms * relative_noise(ms) / NOISE
+        weights = scale * np.sqrt(np.minimum(1.0, bound / np.maximum(off, 1e-9)))
     if not terms.any():  # times of zero, or amounts of zero
         terms[names.index("launch")] = float(np.median(ms))
     return {name: float(term) for name, term in zip(names, terms, strict=True) if term > 0}
+
+
+def _amounts_of(found: Sequence[Features], names: Sequence[str]) -> Array:
+    return np.array([[f.amounts.get(name, 0.0) for name in names] for f in found])
 
 
 def base_of(terms: dict[str, float], found: Sequence[Features]) -> Array:
@@ -98,9 +116,19 @@ def base_of(terms: dict[str, float], found: Sequence[Features]) -> Array:
     return base
 
 
-def fit_class(found: Sequence[Features], ms: Array, *, points: int = MAX_POINTS) -> ClassModel:
-    """The model of kernels of one class from their times in milliseconds, [n]."""
-    terms = fit_base(found, ms)
+def fit_class(
+    found: Sequence[Features],
+    ms: Array,
+    *,
+    points: int = MAX_POINTS,
+    relatives: Relatives | None = None,
+) -> ClassModel:
+    """The model of kernels of one class from their times in milliseconds, [n].
+
+    `relatives`: other kernels of its family and their times, which say how time grows where the
+    class's own do not.
+    """
+    terms = fit_base(found, ms, relatives)
     # families that share a root may have coordinates of their own: those in common are used
     coordinates = sorted(set.intersection(*(set(f.coordinates) for f in found)))
     rows = np.array([[f.coordinates[name] for name in coordinates] for f in found])
@@ -114,9 +142,11 @@ def fit_class(found: Sequence[Features], ms: Array, *, points: int = MAX_POINTS)
     return dataclasses.replace(model, correction=correction)
 
 
-def refit_class(model: ClassModel, found: Sequence[Features], ms: Array) -> ClassModel:
+def refit_class(
+    model: ClassModel, found: Sequence[Features], ms: Array, relatives: Relatives | None = None
+) -> ClassModel:
     """The same class on other kernels, with the widths that were found before."""
-    terms = fit_base(found, ms)
+    terms = fit_base(found, ms, relatives)
     before = model.correction
     if before is None or len(found) < MIN_FOR_CORRECTION:
         return ClassModel(terms=terms, samples=len(found))
