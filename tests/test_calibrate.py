@@ -119,7 +119,7 @@ def test_typical_is_the_mean_of_the_fastest_third() -> None:
 
 
 def test_a_bench_reports_kernels_with_their_shapes() -> None:
-    with Bench([1, 2], rounds=1, runs=2, reference=_filled(_small_net())) as bench:
+    with Bench([1, 2], rounds=1, reference=_filled(_small_net())) as bench:
         nets = bench.run([("small", "fp32", _filled(_small_net()), {})])
     assert [net.threads for net in nets] == [1, 2]
     for net in nets:
@@ -140,7 +140,7 @@ def test_a_network_that_is_refused_is_left_out() -> None:
     b = NetBuilder("broken", seed=1)
     x = b.input((1, 4))
     broken = b.model(b.op("NoSuchOperator", [x], [(1, 4)])[0])
-    with Bench([1], rounds=1, runs=1) as bench:
+    with Bench([1], rounds=1) as bench:
         nets = bench.run(
             [("broken", "fp32", broken, {}), ("ok", "fp32", _filled(_small_net()), {})]
         )

@@ -25,8 +25,12 @@ from .microbench_trace import KernelTime, read_trace, typical
 
 _USUAL = 0.1
 """The quantile of the reference's times in a batch that is taken for the machine's own speed."""
-_WARM = 1
-"""Runs of a session before those that count, each time it is its turn: they fill the caches."""
+_WARM_S = 0.015
+"""How long a session runs before its runs count, each time it is its turn: to fill the caches and
+wake its threads. At least one run."""
+_TURN_S = 0.05
+"""How long its runs count then; at least `_LEAST_RUNS`."""
+_LEAST_RUNS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,18 +89,21 @@ class TimedNet:
         if self._profiling is not None:
             self._profiling.run(self._names, self._feed)
 
-    def turn(self, runs: int) -> None:
-        """Some runs with the profiler and half as many without, after a few that do not count."""
-        plain = runs if self._profiling is None else max(1, runs // 2)
-        turns = ((self._plain, self.walls, plain), (self._profiling, self.profiled, runs))
-        for session, times, count in turns:
+    def turn(self) -> None:
+        """Runs without the profiler and with it, each after some that do not count."""
+        for session, times in ((self._plain, self.walls), (self._profiling, self.profiled)):
             if session is None:
                 continue
-            for index in range(-_WARM, count):
-                started = time.perf_counter()
+            started = time.perf_counter()
+            session.run(self._names, self._feed)
+            while time.perf_counter() < started + _WARM_S:
                 session.run(self._names, self._feed)
-                if index >= 0:
-                    times.append((time.perf_counter() - started) * 1e3)
+            done, started = 0, time.perf_counter()
+            while done < _LEAST_RUNS or time.perf_counter() < started + _TURN_S:
+                before = time.perf_counter()
+                session.run(self._names, self._feed)
+                times.append((time.perf_counter() - before) * 1e3)
+                done += 1
 
     def result(self, net: str, recipe: str, reference_ms: float = 0.0) -> NetTime:
         """What was found, and the end of the sessions."""
@@ -217,12 +224,10 @@ class Bench:
         threads: Sequence[int] = (1,),
         *,
         rounds: int = 3,
-        runs: int = 2,
         reference: ir.Model | None = None,
     ) -> None:
         self.threads = tuple(threads)
         self.rounds = rounds
-        self.runs = runs
         self.reference_ms: dict[int, list[float]] = {count: [] for count in self.threads}
         """Of every batch, the fastest of its rounds."""
         self._folder = tempfile.TemporaryDirectory(prefix="edgepass-bench-")
@@ -245,13 +250,13 @@ class Bench:
         write_onnx(model, path)
         return path
 
-    def reference(self, threads: int, runs: int = 3) -> float:
+    def reference(self, threads: int) -> float:
         """Milliseconds of the reference now; 0 where there is none."""
         timed = self._references.get(threads)
         if timed is None:
             return 0.0
         timed.walls.clear()
-        timed.turn(runs)
+        timed.turn()
         return typical(timed.walls)
 
     def speed(self, threads: int) -> float:
@@ -293,7 +298,7 @@ class Bench:
                     references[count].append(self.reference(count))
                     for entry in entries:
                         if entry.timed.threads == count:
-                            entry.timed.turn(self.runs)
+                            entry.timed.turn()
         fastest = {count: min(times) for count, times in references.items()}
         for count, ms in fastest.items():
             self.reference_ms[count].append(ms)
