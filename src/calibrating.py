@@ -139,9 +139,15 @@ def prepared_recipes(target: Target) -> dict[str, Prepare]:
 
 def _prepare(recipe: str, target: Target, model: ir.Model) -> tuple[ir.Model, Mapping[str, str]]:
     """The network as the recipe leaves it, with random weights, and the session's options."""
-    ready = Architecture(model).prepared(recipe, target)
+    ready = _imported(model).prepared(recipe, target)
     fill_random_weights(ready)
     return ready, session_options(target, ready)
+
+
+@functools.lru_cache(maxsize=1)
+def _imported(model: ir.Model) -> Architecture:
+    """The network as recipes share it, one at a time: models are told apart by identity."""
+    return Architecture(model)
 
 
 def _prepare_products(

@@ -32,8 +32,8 @@ from .profiles import cpu_features, cpu_name
 
 Array = NDArray[np.float64]
 Prepare = Callable[[ir.Model], tuple[ir.Model, Mapping[str, str]] | None]
-"""Applies a recipe to a network without weights: a runnable model, and session options; or None
-for a network that teaches nothing about the recipe."""
+"""Applies a recipe to a network without weights, which it leaves as it is: a runnable model, and
+session options; or None for a network that teaches nothing about the recipe."""
 ReadyNet = tuple[str, str, ir.Model, Mapping[str, str]]
 """Name, recipe, runnable model, session options."""
 ProgressCall = Callable[[int, int, str], None]
@@ -142,7 +142,7 @@ def ready_networks(recipes: Mapping[str, Prepare], indices: Iterable[int]) -> li
     for index in indices:
         net = synthetic_net(index)
         for recipe, prepare in recipes.items():
-            made = prepare(net.model.clone())
+            made = prepare(net.model)
             if made is not None:
                 found.append((net.name, recipe, *made))
     return found
