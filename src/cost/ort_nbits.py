@@ -44,6 +44,13 @@ def _unpack_inside(graph: RuntimeGraph, op: Op) -> None:
         return
     if op.attribute("transA", 0) or op.attribute("transB", 0):
         return
+    saturating = graph.only_user(op.outputs[0])
+    if (
+        saturating is not None
+        and saturating.is_onnx("Relu", "Clip")  # as if a QuantizeLinear were to do its work
+        and graph.only_user(saturating.outputs[0]) is not None
+    ):
+        return
     if not _has_kernel(pair) or graph.only_user(stored) is not pair:
         return  # a weight that two products share stays unpacked, as is seen in saved graphs
     depth, columns = stored.shape

@@ -293,6 +293,8 @@ def folded_values(graph: ir.Graph, *, products: bool = False) -> frozenset[ir.Va
     for node in graph:
         if is_onnx_op(node, "Constant") or is_qdq(node) or has_subgraphs(node):
             continue
+        if node.op_type == "MatMulNBits":  # runs each time, as seen
+            continue
         if is_onnx_op(node, "Shape", "Size"):
             if static_shape(node.inputs[0]) is not None:
                 folded.update(node.outputs)
