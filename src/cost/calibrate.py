@@ -27,7 +27,7 @@ from .features import Features
 from .microbench import Bench, NetTime
 from .microbench_fit import Relatives, fit_class, refit_class
 from .microbench_nets import REFERENCE, synthetic_net
-from .profile import ClassModel, HeldOut, Interval, Profile, Setting
+from .profile import LEAST_SHARE, ClassModel, HeldOut, Interval, Profile, Setting
 from .profiles import cpu_features, cpu_name
 
 Array = NDArray[np.float64]
@@ -42,7 +42,7 @@ BATCH = 8
 """Networks that take turns: enough to outlast a slow spell, few enough to stay in memory."""
 NETWORK_BYTES = 0.5e9
 """What the sessions of one network hold at the most, all recipes and two thread counts together."""
-FIT_SHARE = 0.14
+FIT_SHARE = 0.1
 """The part of the budget that fitting is left."""
 FOLDS = 3
 LEAST_MS = 0.0003
@@ -209,9 +209,7 @@ def fit_setting(nets: Sequence[NetTime], threads: int) -> Setting:
         key: fit_class(*_samples(found), relatives=_relatives(key, found, grouped))
         for key, found in grouped.items()
     }
-    setting = Setting(threads, classes)
-    scale = _scale(mine, rows, setting)
-    held_out = _held_out(mine, rows, grouped, classes, threads, scale)
+    held_out = _held_out(mine, rows, grouped, classes, threads)
     classes = {
         key: dataclasses.replace(model, error=held_out.errors.get(key))
         for key, model in classes.items()
@@ -219,7 +217,8 @@ def fit_setting(nets: Sequence[NetTime], threads: int) -> Setting:
     return Setting(
         threads,
         classes,
-        scale=scale,
+        scale=held_out.scale,
+        per_kernel_ms=held_out.per_kernel_ms,
         intervals=held_out.intervals,
         held_out=held_out.proofs,
     )
@@ -288,13 +287,22 @@ def kernel_times(setting: Setting, found: Sequence[Features]) -> Array:
     return times
 
 
-def _scale(nets: Sequence[NetTime], rows: Sequence[_Row], setting: Setting) -> float:
-    """Runs over the sums of their kernels: the median over networks that take a while."""
-    sums = np.zeros(len(nets))
-    np.add.at(sums, [row.net for row in rows], [row.ms for row in rows])
-    walls = np.array([net.ms for net in nets])
-    keep = walls > np.median(walls)
-    return float(np.median(walls[keep] / sums[keep])) if keep.any() else 1.0
+def fit_level(sums: Array, counts: Array, walls: Array) -> tuple[float, float]:
+    """How runs follow from the sums of their kernels: a factor, and milliseconds a kernel.
+
+    Least absolute relative error, by iteratively reweighted least squares. Milliseconds a kernel
+    are mostly negative: what the profiler adds beyond its mean.
+    """
+    rows = np.stack([sums / walls, counts / walls], axis=1)
+    weights = np.ones(len(walls))
+    level = np.array([1.0, 0.0])
+    for _ in range(20):
+        root = np.sqrt(weights)[:, None]
+        level = np.linalg.lstsq(rows * root, root[:, 0], rcond=None)[0]
+        weights = 1.0 / np.maximum(np.abs(rows @ level - 1.0), 0.02)
+    if not 0.5 < level[0] < 2.0:  # too few networks to tell
+        return float(np.median(walls / sums)), 0.0
+    return float(level[0]), float(level[1])
 
 
 # --- proof -------------------------------------------------------------------------------------
@@ -302,6 +310,8 @@ def _scale(nets: Sequence[NetTime], rows: Sequence[_Row], setting: Setting) -> f
 
 @dataclasses.dataclass(frozen=True)
 class _Proof:
+    scale: float
+    per_kernel_ms: float
     intervals: Mapping[str, Interval]
     proofs: Mapping[str, HeldOut]
     errors: Mapping[str, float]
@@ -313,12 +323,11 @@ def _held_out(
     grouped: Mapping[str, list[_Row]],
     classes: Mapping[str, ClassModel],
     threads: int,
-    scale: float,
 ) -> _Proof:
     """Predict every network from fits that have not seen it, nor the same under another recipe."""
     names = sorted({net.net for net in nets})
     fold_of = {name: index % FOLDS for index, name in enumerate(names)}
-    predicted = np.zeros(len(nets))
+    sums = np.zeros(len(nets))
     errors: dict[str, list[float]] = defaultdict(list)
     for fold in range(FOLDS):
         fitted = {}
@@ -336,15 +345,19 @@ def _held_out(
         for row, found_ms in zip(mine, times.tolist(), strict=True):
             # no class at all: unknown, and said so, when predicting
             guess = row.ms if math.isnan(found_ms) else float(found_ms)
-            predicted[row.net] += scale * guess
+            sums[row.net] += guess
             errors[row.features.keys[0]].append(abs(guess - row.ms) / row.ms)
     truths = np.array([net.ms for net in nets])
+    counts = np.array([float(len(net.kernels)) for net in nets])
+    scale, per_kernel = fit_level(sums, counts, truths)
+    predicted = np.maximum(scale * sums + per_kernel * counts, LEAST_SHARE * sums)
     intervals, proofs = {}, {}
     for dtype, recipe_is_int8 in (("float32", False), ("int8", True)):
         chosen = [i for i, net in enumerate(nets) if ("int8" in net.recipe) == recipe_is_int8]
         if len(chosen) >= 10:
             intervals[dtype], proofs[dtype] = _interval(nets, chosen, predicted, truths)
-    return _Proof(intervals, proofs, {key: float(np.median(e)) for key, e in errors.items()})
+    medians = {key: float(np.median(e)) for key, e in errors.items()}
+    return _Proof(scale, per_kernel, intervals, proofs, medians)
 
 
 def _interval(

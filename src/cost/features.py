@@ -156,6 +156,8 @@ _PRODUCTS: Mapping[str, tuple[int, int]] = MappingProxyType(
 _INTEGER = ("int8", "uint8")
 _CACHES = {"beyond_1mb": float(1 << 20), "beyond_8mb": float(8 << 20)}
 """Bytes beyond what a core's own and what a shared cache usually hold."""
+_LEADING = float(1 << 18)
+"""Elements beyond which columns are added up with no line of a cache kept until the next column."""
 _FUNCTIONS = ("Sigmoid", "Tanh", "Gelu", "QuickGelu", "FastGelu")
 """Activations that cost a convolution time when merged into it."""
 _HARD = ("HardSwish", "HardSigmoid")
@@ -473,6 +475,7 @@ def _other(
             "rows": float(result.elements),
             "strided": elements if inner > 1 else 0.0,
             "leading": elements if leading else 0.0,
+            "leading_beyond": max(0.0, elements - _LEADING) if leading else 0.0,
         }
     elif family == "pooling":
         area = math.prod(attributes.get("kernel_shape") or (1,))

@@ -115,7 +115,7 @@ def bottleneck(b: NetBuilder, x: ir.Value, channels: int, stride: int, act: str)
     middle = max(8, channels // b.random.choice((2, 4, 4)))
     if b.random.random() < 0.5:
         middle = -(-middle // 32) * 32
-    groups = _divisor(b, middle, 1, 1, 1, 2, 4, 8, 32) if middle > 31 else 1
+    groups = _divisor(b, middle, 1, 1, 2, 4, 8, 32) if middle > 31 else 1
     dilation = b.random.choice((1, 1, 1, 1, 2)) if stride == 1 else 1
     y = conv_act(b, x, middle, act, 1)
     y = conv_act(b, y, middle, act, 3, stride, groups, dilation)
@@ -127,7 +127,7 @@ def bottleneck(b: NetBuilder, x: ir.Value, channels: int, stride: int, act: str)
 
 def wide_groups(b: NetBuilder, x: ir.Value, channels: int, stride: int, act: str) -> ir.Value:
     """A bottleneck whose grouped convolution is as wide as its result (RegNet, ResNeXt)."""
-    width = b.random.choice((4, 8, 16, 16, 16, 24, 32, 32, 48, 64))
+    width = b.random.choice((2, 4, 8, 16, 16, 16, 24, 32, 32, 48, 64))
     channels = max(2 * width, channels // width * width)
     y = conv_act(b, x, channels, act, 1)
     y = conv_act(b, y, channels, act, 3, stride, channels // width)

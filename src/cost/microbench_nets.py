@@ -355,5 +355,5 @@ _ORDER = (
     "pyramid", "mobile", "assorted", "gated", "attention", "late", "normalized", "channels",
     "residual", "convmixer", "early", "decoder", "grouped", "hybrid", "attention",
     "dense-prediction", "late", "mixer", "mobile", "sequence", "concatenated", "pyramid", "early",
-    "volumes",
+    "volumes", "grouped", "gated",
 )  # fmt: skip

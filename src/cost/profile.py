@@ -25,6 +25,9 @@ from .whole_model import coordinates
 
 FORMAT = 1
 """The version of the JSON. Readers refuse a newer one."""
+LEAST_SHARE = 0.2
+"""Of what its class says, the least that a kernel is taken to cost (`Setting.per_kernel_ms` may be
+negative)."""
 CLIP = (0.2, 5.0)
 """A correction never takes a kernel further from its base than this."""
 
@@ -274,7 +277,7 @@ class Profile:
         for name, indices in by_class.items():
             chosen = [found for i in indices if (found := kernels[i]) is not None]
             ms, novelty = setting.classes[name].predict(chosen)
-            ms = factor * (ms * setting.scale + setting.per_kernel_ms)
+            ms = factor * np.maximum(ms * setting.scale + setting.per_kernel_ms, LEAST_SHARE * ms)
             for index, value, distance in zip(indices, ms, novelty, strict=True):
                 times[index] = float(value)
                 novel += float(value) * max(penalty[index], float(distance))
