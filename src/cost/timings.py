@@ -1,52 +1,62 @@
 """A latency profile from whole-model timings: published numbers, or a few made on a phone.
 
-Here: `read_timings`, `fit_timings`, and what they take. A model's time is the sum over its kernels
-of non-negative rates times amounts; rates are fitted to relative errors, drawn towards those of
-kernels of the same sort, or of a related device's profile (`prior`), so that ten models can do. Not
-here: micro-benchmarks (`calibrate`), many devices at once (`fleet`), loading the models.
-
-The fit is a maximum a posteriori estimate: absolute relative errors (Laplace, by iteratively
-reweighted least squares), and a Gaussian prior on each rate whose width is a multiple of the rate
-expected. The multiple is chosen by leaving out families of models in turn.
+Here: `fit_timings` and `hold_out`. A model's time is the sum over its kernels of non-negative rates
+times amounts, times smooth corrections. Rates are fitted to relative errors and drawn towards those
+of kernels of the same sort; with a related device's profile (`prior`) only a few factors on its
+rates are fitted, so that ten models can do. How much is drawn is chosen by leaving out families.
+Not here: the algebra (`timing_sums`), reading tables (`timing_rows`), micro-benchmarks
+(`calibrate`), many devices at once (`fleet`), loading the models.
 """
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import datetime
 import math
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ProfileError
 from .features import Features
-from .microbench_fit import non_negative
 from .profile import ClassModel, HeldOut, Interval, Profile, Setting
+from .timing_rows import TimingRow, read_timings
+from .timing_sums import (
+    Sums,
+    amounts_of,
+    key_of,
+    least_error,
+    root_of,
+    smooth_factors,
+    sort_of,
+)
+
+__all__ = ["TimedModel", "TimingRow", "fit_timings", "hold_out", "read_timings"]
 
 Array = NDArray[np.float64]
+Rows = NDArray[np.bool_]
 ProgressCall = Callable[[int, int, str], None]
 
-_COMPUTE = ("convolution", "matmul", "attention", "recurrent")
-_MEMORY_AMOUNTS = ("read", "written", "weights", "launch")
-_COMPUTE_AMOUNTS = ("macs", *_MEMORY_AMOUNTS, "tiled_macs", "groups", "group_written")
-_UNEVEN = ("uneven_launch", "uneven_read", "uneven_macs")
 _ROOTS = (
-    *_COMPUTE,
+    *("convolution", "matmul", "attention", "recurrent"),
     *("elementwise", "normalization", "softmax", "reduction", "pooling", "movement", "gather"),
     *("resize", "quantization", "cast", "other"),
 )
-WIDTHS = (0.5, 2.0, 10.0, 30.0)
+WIDTHS = (0.3, 1.0, 3.0, 10.0, 30.0)
 """Multiples of an expected rate that its prior may be wide, to choose among."""
-PRIOR_WIDTH = 0.7
-"""The multiple around a related device's rates."""
-_NOISE = 0.03  # relative error below which timings are not taken to differ
+VARIANCE = 0.1
+"""Of the smooth corrections of single kernels; with a prior device, `PRIOR_VARIANCE`."""
+PRIOR_VARIANCE = 0.03
 _SHARE = 0.05  # of a model's time that a rate may explain where the pooled fit gives it none
 _LEVEL = 0.8  # of truths inside the interval
 _FEW = 15  # models below which single ones are held out, not families
+_MANY = 30  # models from which rates are fitted freely though there is a prior
+_NOVEL = 2.0  # how much wider intervals are where all is novel (`Interval.novel`)
+_KEPT = 0.8  # of a model's time, what the prior's groups are expected to explain
+_LOOSE = 0.5  # how far factors may be from those expected, as shares of all time
+_ALIKE = 0.05  # scores that differ by less are taken to be alike
+_FROM_PRIOR = 0.0  # stands for a fit of factors on the prior's rates among widths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,82 +68,6 @@ class TimedModel:
     ms: float
     family: str = ""
     threads: int = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class TimingRow:
-    """One line of a table of timings; `model` is a path as written there."""
-
-    line: int
-    model: str
-    ms: float
-    family: str
-    threads: int
-    dims: Mapping[str, int]
-
-
-def read_timings(path: str | Path) -> list[TimingRow]:
-    """The rows of a CSV with columns `model` and `latency_ms`; `family`, `threads` and `dims`
-    (`batch=1;length=128`) may be there. Without `family`, the model's own name is its family.
-
-    Raises:
-        ProfileError: no such file, no such columns, or a value that can't be read; with its line.
-    """
-    path = Path(path)
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            missing = {"model", "latency_ms"} - set(reader.fieldnames or ())
-            if missing:
-                raise ProfileError(
-                    f"The table of timings has no column {sorted(missing)[0]!r}",
-                    where=str(path),
-                    why=f"its columns are {', '.join(reader.fieldnames or ()) or 'none'}",
-                    fix="name the columns model and latency_ms (also: family, threads, dims)",
-                )
-            rows = [_row(path, reader.line_num, row) for row in reader]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ProfileError(
-            "The table of timings can't be read", where=str(path), why=str(error)
-        ) from error
-    if not rows:
-        raise ProfileError("The table of timings is empty", where=str(path))
-    return rows
-
-
-def _row(path: Path, line: int, row: Mapping[str, str | None]) -> TimingRow:
-    def wrong(column: str, wanted: str) -> ProfileError:
-        return ProfileError(
-            f"A timing can't be read: {column} is {row.get(column)!r}",
-            where=f"{path}, line {line}",
-            fix=f"give {wanted}",
-        )
-
-    model = (row.get("model") or "").strip()
-    if not model:
-        raise wrong("model", "the path of an ONNX file")
-    try:
-        ms = float(row.get("latency_ms") or "")
-    except ValueError:
-        ms = math.nan
-    if not (math.isfinite(ms) and ms > 0):
-        raise wrong("latency_ms", "milliseconds above zero, like 12.5")
-    threads = (row.get("threads") or "1").strip()
-    if not threads.isdecimal() or int(threads) < 1:
-        raise wrong("threads", "a whole number above zero")
-    dims: dict[str, int] = {}
-    for part in (row.get("dims") or "").split(";"):
-        name, equals, size = part.strip().partition("=")
-        if not part.strip():
-            continue
-        if not equals or not size.isdecimal() or int(size) < 1:
-            raise wrong("dims", "sizes like batch=1;length=128")
-        dims[name] = int(size)
-    family = (row.get("family") or "").strip() or Path(model).stem.partition("@")[0]
-    return TimingRow(line, model, ms, family, int(threads), dims)
-
-
-# --- fitting ---------------------------------------------------------------------------------
 
 
 def fit_timings(
@@ -188,9 +122,7 @@ def hold_out(
     progress: ProgressCall | None = None,
 ) -> Array:
     """Predicted milliseconds of every model by a fit that has not seen its family, [n]."""
-    table = _Table.of(samples)
-    fit = _Fit(table, None if prior is None else _rates_of(prior, table, samples[0].threads))
-    return fit.held_out(progress)
+    return _Fit(samples, prior).held_out(progress)[0]
 
 
 def _setting(
@@ -199,238 +131,244 @@ def _setting(
     threads: int,
     progress: ProgressCall | None,
 ) -> Setting:
-    table = _Table.of(samples)
-    fit = _Fit(table, None if prior is None else _rates_of(prior, table, threads))
-    predicted = fit.held_out(progress)
-    rates = fit.rates(np.ones(len(samples), bool), fit.best_width())
-    error = np.abs(predicted / table.ms - 1)
-    low, high = _interval(table.ms / predicted)
-    inside = (table.ms >= predicted * low) & (table.ms <= predicted * high)
-    families = len(set(table.families))
+    fit = _Fit(samples, prior)
+    predicted, novel, labels = fit.held_out(progress)
+    error = np.abs(predicted / fit.ms - 1)
+    scores = np.log(fit.ms / predicted) / (1.0 + _NOVEL * novel)
+    low, high = _interval(scores)
+    inside = [
+        lowest <= score <= highest
+        for label, score in zip(labels, scores, strict=True)
+        for lowest, highest in [_interval(scores[labels != label])]
+    ]
     proof = HeldOut(
         models=len(samples),
         median_error=float(np.median(error)),
         within_10=float((error <= 0.1).mean()),
         within_20=float((error <= 0.2).mean()),
-        coverage=float(inside.mean()),
-        method=f"leaving out one of {families} families at a time",
+        coverage=float(np.mean(inside)),
+        method=f"leaving out one of {len(set(labels))} families at a time",
     )
-    return Setting(
-        threads=threads,
-        classes=table.classes(rates, fit.expected, samples),
-        intervals={"": Interval(low, high)},
+    return dataclasses.replace(
+        fit.setting(np.ones(len(samples), bool), fit.best_width(), threads),
+        intervals={"": Interval(math.exp(low), math.exp(high), _NOVEL)},
         held_out={"": proof},
     )
 
 
-def _interval(ratios: Array) -> tuple[float, float]:
-    """Factors around a prediction between which `_LEVEL` of truths lie, as many out on each side.
+def _interval(scores: Array) -> tuple[float, float]:
+    """Logarithms of factors around a prediction between which `_LEVEL` of truths lie, as many out
+    on each side.
 
     Split conformal prediction (Vovk et al. 2005): the rank is that of one more sample.
     """
-    ordered = np.sort(ratios)
+    ordered = np.sort(scores)
     count = len(ordered)
     tail = (1 - _LEVEL) / 2 * (count + 1)
     below = max(0, math.floor(tail) - 1)
     above = min(count - 1, math.ceil(count + 1 - tail) - 1)
-    return float(min(ordered[below], 0.999)), float(max(ordered[above], 1.001))
-
-
-Key = tuple[str, str]
-
-
-def _root(family: str) -> str:
-    return family.partition("/")[0]
-
-
-def _sort_of(family: str) -> str:
-    return "compute" if _root(family) in _COMPUTE else "memory"
-
-
-def _amounts_of(family: str) -> tuple[str, ...]:
-    if _sort_of(family) == "memory":
-        return _MEMORY_AMOUNTS
-    return _COMPUTE_AMOUNTS + (_UNEVEN if _root(family) == "convolution" else ())
-
-
-def _key(family: str, amount: str) -> Key:
-    """What a rate belongs to: uneven padding costs the same in every kind of convolution."""
-    return (_root(family), amount) if amount in _UNEVEN else (family, amount)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Table:
-    """Models as rows, rates as columns: how much of an amount a model has in a family."""
-
-    matrix: Array
-    keys: tuple[Key, ...]
-    ms: Array
-    families: tuple[str, ...]
-
-    @classmethod
-    def of(cls, samples: Sequence[TimedModel]) -> _Table:
-        rows: list[dict[Key, float]] = []
-        for sample in samples:
-            row: dict[Key, float] = {}
-            for kernel in sample.kernels:
-                for amount in _amounts_of(kernel.family):
-                    value = kernel.amount(amount)
-                    if value:
-                        key = _key(kernel.family, amount)
-                        row[key] = row.get(key, 0.0) + value
-            rows.append(row)
-        keys = tuple(sorted({key for row in rows for key in row}))
-        matrix = np.array([[row.get(key, 0.0) for key in keys] for row in rows])
-        return cls(
-            matrix,
-            keys,
-            np.array([sample.ms for sample in samples]),
-            tuple(sample.family or sample.name for sample in samples),
-        )
-
-    def classes(
-        self, rates: Array, expected: Mapping[Key, float], samples: Sequence[TimedModel]
-    ) -> dict[str, ClassModel]:
-        """Rates by class; roots get what kernels of their sort are expected to take."""
-        by_key = dict(zip(self.keys, rates, strict=True))
-        found: dict[str, ClassModel] = {}
-        seen: dict[str, list[Features]] = {}
-        for sample in samples:
-            for kernel in sample.kernels:
-                seen.setdefault(kernel.family, []).append(kernel)
-        for family, kernels in sorted(seen.items()):
-            terms = {
-                amount: float(rate)
-                for amount in _amounts_of(family)
-                if (rate := by_key.get(_key(family, amount), 0.0)) > 0
-            }
-            names = set.intersection(*(set(kernel.coordinates) for kernel in kernels))
-            low = {n: min(k.coordinates[n] for k in kernels) for n in sorted(names)}
-            high = {n: max(k.coordinates[n] for k in kernels) for n in sorted(names)}
-            found[f"{family}:float32"] = ClassModel(terms, None, low, high, len(kernels))
-        for root in _ROOTS:
-            terms = {
-                amount: rate
-                for amount in _amounts_of(root)
-                if (rate := expected.get((_sort_of(root), amount), 0.0)) > 0
-            }
-            if terms:
-                found.setdefault(f"{root}:float32", ClassModel(terms))
-        return found
+    return float(min(ordered[below], -0.001)), float(max(ordered[above], 0.001))
 
 
 class _Fit:
-    """Rates of a table's columns from any of its rows; `prior`: rates of a related device."""
+    """Settings of samples, from any of them; `prior`: a related device's profile."""
 
-    def __init__(self, table: _Table, prior: Array | None) -> None:
-        self.table = table
-        self.prior = prior
+    def __init__(self, samples: Sequence[TimedModel], prior: Profile | None) -> None:
+        self.samples = samples
+        self.sums = Sums.of([sample.kernels for sample in samples])
+        self.ms = np.array([sample.ms for sample in samples])
+        self.prior = None
+        if prior is not None:
+            self.prior = _rates_of(prior, self.sums, samples[0].threads)
+            self.prior_classes = prior.setting(samples[0].threads).classes
         self._errors: dict[float, Array] = {}
-        self._pooled_keys = sorted({(_sort_of(f), a) for f, a in table.keys})
-        index = {key: i for i, key in enumerate(self._pooled_keys)}
-        self._pool = np.zeros((len(table.keys), len(self._pooled_keys)))
-        for row, (family, amount) in enumerate(table.keys):
-            self._pool[row, index[_sort_of(family), amount]] = 1.0
-        everything = np.ones(len(table.ms), bool)
-        rates, _ = self._pooled(everything)
-        self.expected = dict(zip(self._pooled_keys, rates.tolist(), strict=True))
+        keys = self.sums.keys
+        self._sorts = sorted({(sort_of(name), amount) for name, amount in keys})
+        self._pool = _membership([(sort_of(name), amount) for name, amount in keys], self._sorts)
 
     @property
-    def _widths(self) -> tuple[float, ...]:
-        return WIDTHS if self.prior is None else (PRIOR_WIDTH,)
-
-    def rates(self, rows: NDArray[np.bool_], width: float) -> Array:
-        """Milliseconds a unit for every column, from the chosen rows."""
-        matrix, ms = self.table.matrix[rows], self.table.ms[rows]
+    def widths(self) -> tuple[float, ...]:
+        """What is to choose among: widths, or the prior's rates."""
         if self.prior is None:
-            pooled, caps = self._pooled(rows)
-            expected, spread = self._pool @ pooled, self._pool @ np.maximum(pooled, caps)
+            return WIDTHS
+        return (_FROM_PRIOR,) + (WIDTHS if len(self.ms) >= _MANY else ())
+
+    def setting(self, rows: Rows, width: float, threads: int = 1) -> Setting:
+        """What the chosen samples teach."""
+        if width == _FROM_PRIOR:
+            expected: dict[tuple[str, str], float] = {}
+            rates = self._scaled(rows)
+            factors = smooth_factors(
+                self.sums, rates, self.ms, rows, PRIOR_VARIANCE, PRIOR_VARIANCE
+            )
         else:
-            scale = float(np.median(ms / np.maximum(matrix @ self.prior, 1e-12)))
-            expected = self.prior * scale
-            means = self._pool @ ((self._pool.T @ expected) / self._pool.sum(0))
-            spread = np.maximum(expected, means)
-        return _posterior(matrix, ms, expected, width * np.maximum(spread, 1e-18))
+            rates, expected = self._free(rows, width)
+            factors = smooth_factors(self.sums, rates, self.ms, rows, VARIANCE)
+        by_key = dict(zip(self.sums.keys, rates.tolist(), strict=True))
+        found: dict[str, ClassModel] = {}
+        for name, sums in self.sums.classes.items():
+            factor, correction = factors.get(name, (1.0, None))
+            terms = {
+                amount: rate * factor
+                for amount in amounts_of(name)
+                if (rate := by_key.get(key_of(name, amount), 0.0)) > 0
+            }
+            if correction is None or not terms:
+                continue
+            seen = sums.seen(rows)
+            low = dict(zip(sums.names, seen.min(0).tolist(), strict=True))
+            high = dict(zip(sums.names, seen.max(0).tolist(), strict=True))
+            count = int(sums.counts[rows].sum())
+            found[f"{name}:float32"] = ClassModel(terms, correction, low, high, count)
+        for root in _ROOTS:
+            terms = {
+                amount: rate
+                for amount in amounts_of(root)
+                if (rate := expected.get((sort_of(root), amount), 0.0)) > 0
+            }
+            if terms:
+                found.setdefault(f"{root}:float32", ClassModel(terms))
+        if width == _FROM_PRIOR:  # what the samples lack is as on the other device, but for speed
+            scale = self._speed(rows)
+            for known, model in self.prior_classes.items():
+                scaled = {amount: rate * scale for amount, rate in model.terms.items()}
+                found.setdefault(known, ClassModel(scaled))
+        return Setting(threads, found)
 
-    def _pooled(self, rows: NDArray[np.bool_]) -> tuple[Array, Array]:
-        """Rates that all kernels of a sort share, and what each could be at a small share."""
-        matrix, ms = self.table.matrix[rows] @ self._pool, self.table.ms[rows]
-        spans = np.sqrt(((matrix / ms[:, None]) ** 2).mean(0)) + 1e-300
-        rates = _posterior(matrix, ms, np.zeros(len(spans)), 10.0 / spans)
-        caps = np.array(
-            [
-                _SHARE * float(np.median(ms[column > 0] / column[column > 0]))
-                if (column > 0).any()
-                else 0.0
-                for column in matrix.T
-            ]
+    def _speed(self, rows: Rows) -> float:
+        """How many times longer samples take than the prior's rates say."""
+        assert self.prior is not None
+        known = np.maximum(self.sums.matrix[rows] @ self.prior, 1e-12)
+        return float(np.median(self.ms[rows] / known))
+
+    def _free(self, rows: Rows, width: float) -> tuple[Array, dict[tuple[str, str], float]]:
+        """Rates drawn towards those that all kernels of a sort share, and these."""
+        matrix, ms = self.sums.matrix[rows], self.ms[rows]
+        pooled = matrix @ self._pool
+        spans = np.sqrt(((pooled / ms[:, None]) ** 2).mean(0)) + 1e-300
+        shared = least_error(pooled, ms, np.zeros(len(spans)), 10.0 / spans)
+        caps = [_SHARE * _unit(column, ms, 1) for column in pooled.T]
+        spread = self._pool @ np.maximum(shared, caps)
+        rates = least_error(matrix, ms, self._pool @ shared, width * np.maximum(spread, 1e-18))
+        return rates, dict(zip(self._sorts, shared.tolist(), strict=True))
+
+    def _scaled(self, rows: Rows) -> Array:
+        """Rates from a few factors: on the prior's rates by groups of classes, and on plain sums.
+
+        The prior's groups are expected to explain most of a model's time, at one speed, and the
+        sums the rest; a group that few samples have keeps that speed.
+        """
+        assert self.prior is not None
+        keys = self.sums.keys
+        groups = [_group(name) for name, _ in keys]
+        scaled = _membership(groups, sorted(set(groups))) * self.prior[:, None]
+        plain = [_plain_sum(name, amount) for name, amount in keys]
+        sums = _membership(plain, sorted(set(plain) - {""}))
+        matrix, ms = self.sums.matrix[rows], self.ms[rows]
+        speed = self._speed(rows)
+        own = [_unit(column, ms, 3) for column in (matrix @ sums).T]
+        expected = np.array(
+            [_KEPT * speed] * scaled.shape[1] + [(1 - _KEPT) * unit / len(own) for unit in own]
         )
-        return rates, caps
+        widths = np.array([_LOOSE * speed] * scaled.shape[1] + [_LOOSE * unit for unit in own])
+        columns = np.hstack([scaled, sums])
+        used = ((matrix @ columns > 0).sum(0) >= 3) & (widths > 0)
+        found = np.where(np.arange(len(used)) < scaled.shape[1], speed, 0.0)
+        if used.any():
+            found[used] = least_error(matrix @ columns[:, used], ms, expected[used], widths[used])
+        rates: Array = columns @ found
+        return rates
 
-    def held_out(self, progress: ProgressCall | None = None) -> Array:
-        """Predictions of every row from the rows of other families.
+    def held_out(
+        self, progress: ProgressCall | None = None
+    ) -> tuple[Array, Array, NDArray[np.str_]]:
+        """Every sample's prediction from samples of other families, the share of it that is novel,
+        and what was held out together.
 
         The width for a family is the one that serves the others best.
         """
-        table = self.table
-        groups = sorted(set(table.families))
-        if len(groups) < 3 or len(table.ms) < _FEW:
-            labels = np.array([str(i) for i in range(len(table.ms))])
-            groups = labels.tolist()
-        else:
-            labels = np.array(table.families)
-        by_width = {width: np.zeros(len(table.ms)) for width in self._widths}
+        labels = np.array([sample.family or sample.name for sample in self.samples])
+        if len(set(labels.tolist())) < 3 or len(labels) < _FEW:
+            labels = np.array([str(i) for i in range(len(labels))])
+        groups = sorted(set(labels.tolist()))
+        ms = {width: np.zeros(len(labels)) for width in self.widths}
+        novel = {width: np.zeros(len(labels)) for width in self.widths}
         for done, group in enumerate(groups):
             if progress is not None:
                 progress(done, len(groups), "holding out models")
             out = labels == group
-            for width, predicted in by_width.items():
-                predicted[out] = table.matrix[out] @ self.rates(~out, width)
-        floor = 1e-6 * table.ms
-        self._errors = {
-            width: np.abs(np.log(np.maximum(p, floor) / table.ms)) for width, p in by_width.items()
-        }
-        found = np.zeros(len(table.ms))
+            for width in self.widths:
+                profile = Profile("", "", "", "", "", (self.setting(~out, width),))
+                for index in np.flatnonzero(out).tolist():
+                    found = profile.predict(self.samples[index].kernels)
+                    ms[width][index] = max(found.ms, 1e-3 * self.ms[index])
+                    novel[width][index] = found.novel
+        self._errors = {width: np.abs(np.log(found / self.ms)) for width, found in ms.items()}
+        predicted, share = np.zeros(len(labels)), np.zeros(len(labels))
         for group in groups:
             out = labels == group
-            best = min(self._widths, key=lambda width: _score(self._errors[width][~out]))
-            found[out] = by_width[best][out]
-        return np.maximum(found, floor)
+            best = self._best(~out)
+            predicted[out], share[out] = ms[best][out], novel[best][out]
+        return predicted, share, labels
 
     def best_width(self) -> float:
-        """The width that held-out rows were predicted best with (after `held_out`)."""
-        return min(self._widths, key=lambda width: _score(self._errors[width]))
+        """The width that serves held-out samples best (after `held_out`)."""
+        return self._best(np.ones(len(self.ms), bool))
+
+    def _best(self, rows: Rows) -> float:
+        """The narrowest width whose score is no worse than the best one's, but for chance.
+
+        Where several do alike, the least would go from one to another with the family left out;
+        the most constrained of them is taken, as pruning of trees does (Breiman et al. 1984).
+        """
+        scores = {width: _score(self._errors[width][rows]) for width in self.widths}
+        bound = min(scores.values()) * (1.0 + _ALIKE)
+        return min(width for width, score in scores.items() if score <= bound)
 
 
 def _score(errors: Array) -> float:
     return float(np.median(errors) + 0.5 * np.minimum(errors, 0.5).mean())
 
 
-def _posterior(matrix: Array, ms: Array, expected: Array, widths: Array, rounds: int = 12) -> Array:
-    """Non-negative rates of least absolute relative error plus squared distance to `expected`."""
-    scaled = matrix * widths / ms[:, None]
-    center = expected / widths
-    count = len(widths)
-    weights = np.ones(len(ms))
-    found = center
-    for _ in range(rounds):
-        root = np.sqrt(weights)
-        system = np.vstack([scaled * root[:, None], _NOISE * np.eye(count)])
-        found = non_negative(system, np.concatenate([root, _NOISE * center]), rounds=20 * count)
-        off = np.abs(scaled @ found - 1.0)
-        weights = _NOISE / np.maximum(off, 0.5 * _NOISE)
-    rates: Array = found * widths
-    return rates
+def _membership(labels: Sequence[object], names: Sequence[object]) -> Array:
+    """1 where a label is the name of the column, [labels, names]."""
+    return np.array([[float(label == name) for name in names] for label in labels])
 
 
-def _rates_of(prior: Profile, table: _Table, threads: int) -> Array:
-    """A profile's rates for a table's columns: the class's own, its root's, or its sort's."""
+def _unit(column: Array, ms: Array, least: int) -> float:
+    """The rate at which a column alone explains a model; 0 where fewer than `least` have it."""
+    has = column > 0
+    return float(np.median(ms[has] / column[has])) if has.sum() >= least else 0.0
+
+
+def _group(name: str) -> str:
+    """Classes whose speed relative to each other is taken from the prior."""
+    if name in ("convolution/pointwise", "convolution/spatial", "convolution/first"):
+        return "dense"
+    if root_of(name) == "convolution":
+        return name
+    return "matmul" if sort_of(name) == "compute" else "memory"
+
+
+def _plain_sum(name: str, amount: str) -> str:
+    """A sum over many classes that an amount counts in; "" for none."""
+    if amount == "weights":
+        return "weights"
+    if amount in ("read", "written"):
+        return "bytes" if sort_of(name) == "memory" else ""
+    if amount != "macs":
+        return ""
+    return name if name in ("convolution/depthwise", "convolution/grouped") else "macs"
+
+
+def _rates_of(prior: Profile, sums: Sums, threads: int) -> Array:
+    """A profile's rates for the columns: the class's own, or its family's, or its root's."""
     classes = prior.setting(threads).classes
-    rates = np.zeros(len(table.keys))
-    for index, (family, amount) in enumerate(table.keys):
-        for name in (f"{family}:float32", f"{_root(family)}:float32"):
-            if name in classes:
-                rates[index] = classes[name].terms.get(amount, 0.0)
+    rates = np.zeros(len(sums.keys))
+    for index, (name, amount) in enumerate(sums.keys):
+        for known in (name, name.partition(":")[0], root_of(name)):
+            if f"{known}:float32" in classes:
+                rates[index] = classes[f"{known}:float32"].terms.get(amount, 0.0)
                 break
     if not rates.any():
         raise ProfileError(
