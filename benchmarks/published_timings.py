@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import pickle
 import statistics
 from collections.abc import Sequence
@@ -36,6 +37,7 @@ def main() -> None:
     parser.add_argument("--name", default="fitted", help="the profile's name")
     parser.add_argument("--runtime", default="onnxruntime")
     parser.add_argument("--target", default="arm64", help="whose kernels are priced")
+    parser.add_argument("--note", action="append", default=[], help="said in the profile")
     parser.add_argument("--write", type=Path, help="save the profile fitted on all models")
     parser.add_argument("--ten-models", type=int, default=0, metavar="DRAWS")
     parser.add_argument("--prior", type=Path)
@@ -62,9 +64,12 @@ def main() -> None:
             source=f"{len(samples)} published timings of classifiers, threads not stated",
             prior=prior,
         )
+        profile = dataclasses.replace(profile, notes=(*profile.notes, *options.note))
         seen = [profile.predict(sample.kernels).ms for sample in samples]
         print(f"models it was fitted on: {figures(np.array(seen), truth)}")
-        print(f"saved {profile.save(options.write)}: {profile.settings[0].held_out['']}")
+        proof = profile.settings[0].held_out[""]
+        print(f"saved {profile.save(options.write)}: {proof}")
+        print(f"80 % intervals, of other families, contain {proof.coverage:.1%}")
 
 
 def figures(predicted: np.ndarray, truth: np.ndarray) -> str:
