@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from .architecture import ProgressCall, at_sizes
+from .architecture import Architecture, ProgressCall, at_sizes, without_weights
 from .compiled import Compiled
 from .cost.budget import Budget
 from .cost.latency import MEASURED, Latency
@@ -109,6 +109,8 @@ def compile(  # noqa: A001 - the name users look for
     context = Context(device, feeds, sizes, progress or _silent)
     timed = time_budget_s > 0 and sample.runs and runs_on_host(device)
     original = graph.clone() if timed else None
+    hinted = recipe == "default" and device.scheme is not None and len(graph.graph) <= _HINTED
+    imported = Architecture(without_weights(graph)) if hinted else None
     probe = Probe(sample.feed) if check_numerics and sample.runs else None
     graph, ledger = run_passes(graph, chosen, context, probe=probe)
     _judge(ledger, chosen, strict, notes, _lossless_bound(graph))
@@ -116,8 +118,6 @@ def compile(  # noqa: A001 - the name users look for
     require_placed(placement)
     if strict:
         placement.require_fast()
-    if recipe == "default" and device.scheme is not None:
-        notes.append(_what_int8_adds(graph, device, sizes))
     profile = profile_for(device)
     report = cost_report(
         at_sizes(graph, sizes),
@@ -127,6 +127,8 @@ def compile(  # noqa: A001 - the name users look for
         saved=graph,
         profile=profile,
     )
+    if imported is not None:
+        notes.append(_what_int8_adds(imported, report, device, sizes))
     if profile is not None:
         notes += of_others(profile, device)
     compiled = Compiled(
@@ -280,22 +282,21 @@ def _static_only(report: CostReport) -> dict[str, Any]:
     return {key: value for key, value in report.as_dict().items() if key != "nodes"}
 
 
-def _what_int8_adds(model: ir.Model, target: Target, dims: Mapping[str, int]) -> str:
-    """One sentence on what `recipe="int8"` would bring, by the static cost model."""
+_HINTED = 3000
+"""Nodes up to which a compilation also says what int8 would bring: that takes all passes again."""
+
+
+def _what_int8_adds(
+    net: Architecture, before: CostReport, target: Target, dims: Mapping[str, int]
+) -> str:
+    """One sentence on what `recipe="int8"` would bring to the model as it was imported."""
     try:
-        chosen = parse_recipe("int8")
-        context = Context(target, None, dims)
-        sized = at_sizes(model, dims)
-        profile = profile_for(target)
-        before = cost_report(
-            sized, target, recipe="default", dims=dims, saved=model, profile=profile
-        )
-        plan = chosen[-1].plan(model, context)
-        after = cost_report(
-            sized, target, recipe="int8", plan=plan, dims=dims, saved=model, profile=profile
-        )
+        found = net.estimate(target, ["int8"], dims=dims)
     except EdgepassError as error:
         return f'recipe="int8" can\'t be priced here: {error.diagnostic.what}'
+    if "int8" in found.failed:
+        return f'recipe="int8" can\'t be priced here: {" ".join(found.failed["int8"].split())}'
+    after = found["int8"]
     saved = f"{before.file_bytes / 1e6:.2f} MB to {after.file_bytes / 1e6:.2f} MB"
     return (
         f'this recipe is lossless; recipe="int8" with calibration samples would take the file '

@@ -10,13 +10,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from edgepass.cost.calibrate import (
-    calibrate_host,
-    fit_setting,
-    kernel_times,
-    profiling_overhead,
-    without_drift,
-)
+from edgepass.cost.calibrate import batch_size, calibrate_host, without_drift
+from edgepass.cost.calibrate_fit import fit_level, fit_setting, kernel_times, profiling_overhead
 from edgepass.cost.check import compare_nets
 from edgepass.cost.microbench import Bench, NetTime
 from edgepass.cost.microbench_builder import NetBuilder, shape_of
@@ -289,3 +284,20 @@ def test_calibrating_writes_a_profile_that_loads_and_predicts(tmp_path) -> None:
     kernel = _matmul(np.random.default_rng(0))
     predicted = again.predict([kernel.features], 1)
     assert 0 < predicted.low_ms < predicted.ms < predicted.high_ms
+
+
+def test_few_networks_are_held_at_once_where_memory_is_short() -> None:
+    assert batch_size(None) == batch_size(64e9) == 8
+    assert batch_size(3e9) == 3
+    assert batch_size(1e8) == 1
+
+
+def test_what_runs_take_beyond_their_kernels_is_found() -> None:
+    generator = np.random.default_rng(0)
+    sums, counts = generator.uniform(1, 30, 200), generator.uniform(10, 400, 200)
+    walls = (1.03 * sums - 0.001 * counts) * generator.normal(1, 0.02, 200)
+    walls[:20] *= 1.5  # a busy machine
+    scale, per_kernel = fit_level(sums, counts, walls)
+    assert scale == pytest.approx(1.03, abs=0.01)
+    assert per_kernel == pytest.approx(-0.001, abs=3e-4)
+    assert fit_level(np.ones(2), np.ones(2), 9 * np.ones(2)) == (9.0, 0.0)

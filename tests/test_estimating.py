@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 
 import edgepass
-from edgepass import calibrating
+from edgepass import architecture, calibrating
 from edgepass.cli import main
 from edgepass.cost.advice import advice
 from edgepass.cost.budget import Answer
@@ -191,6 +191,16 @@ def test_conversions_left_between_float_operators_are_told() -> None:
     assert sum(k.type == "QuantizeLinear" for k in found) == 3
     time = latency(found, get_target("x86_64"))
     assert "conversions" in [item.kind for item in advice(found, time, None, 1)]
+
+
+def test_an_assumed_latency_of_this_machine_says_how_to_calibrate_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(architecture, "profile_for", lambda _: None)
+    notes = edgepass.estimate(convolutions(), "host", ["fp32"])["fp32"].notes
+    assert any("edgepass calibrate" in note for note in notes)
+    other = edgepass.estimate(convolutions(), "arm64", ["fp32"])["fp32"].notes
+    assert not any("edgepass calibrate" in note for note in other)
 
 
 # --- profiles ----------------------------------------------------------------------------------

@@ -14,14 +14,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import CalibrationError
-from .calibrate import (
-    Prepare,
-    ProgressCall,
-    kernel_times,
-    profiling_overhead,
-    ready_networks,
-    reference_network,
-)
+from .calibrate import Prepare, ProgressCall, ready_networks, reference_network
+from .calibrate_fit import kernel_times, profiling_overhead
 from .latency import main_dtype
 from .microbench import Bench, NetTime
 from .profile import Profile
