@@ -21,6 +21,7 @@ from .cost.budget import Budget
 from .cost.latency import MEASURED, Latency
 from .cost.profiles import profile_for
 from .cost.report import CostReport, cost_report, of_others
+from .cost.text import format_bytes
 from .errors import EdgepassError, UnsupportedOpError
 from .frontends import load_notes, load_supported
 from .ir.graph import all_nodes, graph_tree
@@ -297,7 +298,7 @@ def _what_int8_adds(
     if "int8" in found.failed:
         return f'recipe="int8" can\'t be priced here: {" ".join(found.failed["int8"].split())}'
     after = found["int8"]
-    saved = f"{before.file_bytes / 1e6:.2f} MB to {after.file_bytes / 1e6:.2f} MB"
+    saved = f"{format_bytes(before.file_bytes)} to {format_bytes(after.file_bytes)}"
     return (
         f'this recipe is lossless; recipe="int8" with calibration samples would take the file '
         f"from {saved} (computed), and latency from {before.latency} to {after.latency}"

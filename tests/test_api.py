@@ -87,8 +87,8 @@ def test_the_default_recipe_is_lossless_and_says_what_int8_would_add(net, sample
     (note,) = [n for n in compiled.notes if "int8" in n]
     assert "would take the file from" in note
     assert "assumed" in note
-    before, after = (float(size) for size in re.findall(r"([\d.]+) MB", note))
-    assert after < before
+    before, unit, after, same = re.search(r"from ([\d.]+) (\w+) to ([\d.]+) (\w+)", note).groups()
+    assert (float(after), same) < (float(before), unit)
     outputs = compiled.run({"x": np.concatenate([s["x"] for s in samples])})
     assert outputs["y"].shape == (8, 10)
 

@@ -24,7 +24,7 @@ Array = NDArray[np.float64]
 FOLDS = 3
 LEAST_MS = 0.0003
 """What a kernel is taken to cost at the least."""
-_MIN_OWN, _MIN_FAMILY = 6, 4  # kernels for a class of its own, for a family
+_MIN_OWN, _MIN_FAMILY = 2, 4  # kernels for an operator's class beside its family's, for a family
 _MAX_ROWS = 2500
 _SUM_OF = 3  # held-out nets of a family that stand for one model: models are larger than nets
 COVERED = 0.8
@@ -138,12 +138,13 @@ def fit_level(sums: Array, counts: Array, walls: Array) -> tuple[float, float]:
     are mostly negative: what the profiler adds beyond its mean.
     """
     rows = np.stack([sums / walls, counts / walls], axis=1)
-    weights = np.ones(len(walls))
+    size = (walls / np.median(walls)).clip(0.2, 3.0)  # models are larger than most networks here
+    weights = size
     level = np.array([1.0, 0.0])
     for _ in range(20):
         root = np.sqrt(weights)[:, None]
         level = np.linalg.lstsq(rows * root, root[:, 0], rcond=None)[0]
-        weights = 1.0 / np.maximum(np.abs(rows @ level - 1.0), 0.02)
+        weights = size / np.maximum(np.abs(rows @ level - 1.0), 0.02)
     if not 0.5 < level[0] < 2.0:  # too few networks to tell
         return float(np.median(walls / sums)), 0.0
     return float(level[0]), float(level[1])

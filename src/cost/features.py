@@ -217,9 +217,9 @@ def _leftover(columns: int, steps: float) -> float:
     return float(steps) if columns % LANES else 0.0
 
 
-def _alignment(columns: int) -> float:
-    """The largest power of two, up to 64, that divides them, as a logarithm."""
-    return _log(math.gcd(columns, 64))
+def _alignment(extent: int, most: int = 64) -> float:
+    """The largest power of two, up to `most`, that divides an extent, as a logarithm."""
+    return _log(math.gcd(extent, most))
 
 
 def _log(value: float) -> float:
@@ -314,6 +314,7 @@ def _convolution(
                 "stride": _log(pixels_in / max(1, pixels)) / 2,
                 "fill": channels_out / (math.ceil(channels_out / LANES) * LANES),
                 "aligned": _alignment(wide),
+                "depth_aligned": _alignment(per_group),
                 "square": _squareness(weight.shape[2:]),
                 "function": 1.0 if by_table else 0.5 if hard else 0.0,
             }
@@ -393,6 +394,7 @@ def _product(
                 "batch": _log(batch),
                 "fill": columns / (math.ceil(columns / LANES) * LANES),
                 "aligned": _alignment(columns),
+                "depth_aligned": _alignment(depth),
             }
         ),
     )
@@ -471,6 +473,7 @@ def _other(
         more = {"rows": elements / max(1, inner)}
     elif family == "reduction":
         leading = inner > 1 and inner == result.elements  # nothing is kept before what is reduced
+        coordinates = {"aligned": _alignment(inner, 1024)}  # columns that meet in a cache's lines
         more = {
             "rows": float(result.elements),
             "strided": elements if inner > 1 else 0.0,

@@ -23,7 +23,7 @@ import onnx_ir as ir
 from ..targets.onnx_file import write_onnx
 from .microbench_trace import KernelTime, read_trace, typical
 
-_USUAL = 0.25
+_USUAL = 0.4
 """The quantile of the reference's times in a batch that is taken for the machine's own speed."""
 _WARM = 3
 """Runs of a session before those that count, each time it is its turn: another's left the caches
