@@ -14,8 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from .access_pattern import inner_and_run, transposed
 from .attention_shape import Heads, attention_heads
-from .operand import Operand
+from .operand import Operand, log_size
 
 LANES = 16
 """Channels to which the amount `padded_macs` rounds up: a blocked layout's block with 512 bits."""
@@ -219,11 +220,7 @@ def _leftover(columns: int, steps: float) -> float:
 
 def _alignment(extent: int, most: int = 64) -> float:
     """The largest power of two, up to `most`, that divides an extent, as a logarithm."""
-    return _log(math.gcd(extent, most))
-
-
-def _log(value: float) -> float:
-    return math.log2(max(1.0, value))
+    return log_size(math.gcd(extent, most))
 
 
 def _convolution(
@@ -306,12 +303,12 @@ def _convolution(
         ),
         MappingProxyType(
             {
-                "in": _log(per_group),
-                "out": _log(group_out),
-                "groups": _log(groups),
-                "pixels": _log(pixels),
-                "area": _log(area),
-                "stride": _log(pixels_in / max(1, pixels)) / 2,
+                "in": log_size(per_group),
+                "out": log_size(group_out),
+                "groups": log_size(groups),
+                "pixels": log_size(pixels),
+                "area": log_size(area),
+                "stride": log_size(pixels_in / max(1, pixels)) / 2,
                 "fill": channels_out / (math.ceil(channels_out / LANES) * LANES),
                 "aligned": _alignment(wide),
                 "depth_aligned": _alignment(per_group),
@@ -388,10 +385,10 @@ def _product(
         ),
         MappingProxyType(
             {
-                "rows": _log(rows),
-                "columns": _log(columns),
-                "depth": _log(depth),
-                "batch": _log(batch),
+                "rows": log_size(rows),
+                "columns": log_size(columns),
+                "depth": log_size(depth),
+                "batch": log_size(batch),
                 "fill": columns / (math.ceil(columns / LANES) * LANES),
                 "aligned": _alignment(columns),
                 "depth_aligned": _alignment(depth),
@@ -422,10 +419,10 @@ def _attention(
         ),
         MappingProxyType(
             {
-                "heads": _log(heads.count),
-                "queries": _log(heads.queries),
-                "keys": _log(heads.keys),
-                "width": _log(heads.width),
+                "heads": log_size(heads.count),
+                "queries": log_size(heads.queries),
+                "keys": log_size(heads.keys),
+                "width": log_size(heads.width),
                 "biased": 1.0 if heads.biased else 0.0,
             }
         ),
@@ -453,16 +450,16 @@ def _other(
         full = [o for o in present if o.elements == result.elements and o.elements > 1]
         if len(present) > 1 and len(full) < 2:
             family = "elementwise/broadcast"
-    inner, run = _inner_and_run(family, present, first, result, attributes)
+    inner, run = inner_and_run(family, present, first, result, attributes)
     more: dict[str, float] = {}
     coordinates: dict[str, float] = {}
     if family == "movement/transpose":
-        coordinates = _transposed(first, attributes)
+        coordinates = transposed(first, attributes)
     elif family == "movement/reorder" and len(result.shape) > 2:
         channels = result.shape[-1] if attributes.get("channels_last") else result.shape[1]
         coordinates = {
-            "channels": _log(channels),
-            "pixels": _log(result.elements / max(1, channels)),
+            "channels": log_size(channels),
+            "pixels": log_size(result.elements / max(1, channels)),
         }
     elif family == "softmax":
         more = {
@@ -482,7 +479,7 @@ def _other(
         }
     elif family == "pooling":
         area = math.prod(attributes.get("kernel_shape") or (1,))
-        coordinates = {"area": _log(area)}
+        coordinates = {"area": log_size(area)}
         more = {"unrolled": float(result.elements * area)}
     dtype = "int8" if first.dtype in _INTEGER else first.dtype
     return Features(
@@ -504,138 +501,12 @@ def _other(
         MappingProxyType(
             {
                 **coordinates,
-                "elements": _log(elements),
-                "inner": _log(inner),
-                "run": _log(run),
+                "elements": log_size(elements),
+                "inner": log_size(inner),
+                "run": log_size(run),
                 "inputs": float(min(8, len(present))),
                 "outputs": float(min(8, len(outputs))),
-                "shrink": _log(largest.elements / max(1, result.elements)),
+                "shrink": log_size(largest.elements / max(1, result.elements)),
             }
         ),
     )
-
-
-def _inner_and_run(
-    family: str,
-    present: Sequence[Operand],
-    first: Operand,
-    result: Operand,
-    attributes: Mapping[str, Any],
-) -> tuple[int, int]:
-    """The extent that loops run over innermost, and the elements handled in one piece."""
-    inner = result.shape[-1] if result.shape else 1
-    axis = attributes.get("axis")
-    if family == "elementwise/broadcast":
-        return inner, _broadcast_run(present, result)
-    if family == "movement/transpose":
-        return inner, _copied_run(first, result, attributes)
-    if family == "movement/copy":
-        return inner, _piece(first, result)
-    if family == "reduction":  # what is kept behind the last reduced axis, and what is reduced
-        behind = _kept_behind(first.shape, result.shape)
-        return behind, max(1, first.elements // max(1, result.elements)) if behind == 1 else 1
-    if family == "softmax" and isinstance(axis, int) and first.shape:
-        return first.shape[axis], math.prod(first.shape[axis % len(first.shape) + 1 :])
-    if family == "gather" and isinstance(axis, int) and first.shape:
-        return inner, math.prod(first.shape[axis % len(first.shape) + 1 :])
-    if family == "quantization":  # how many scales, and the elements in a row that share one
-        scales = present[1].elements if len(present) > 1 else 1
-        if scales <= 1:
-            return 1, first.elements
-        behind = axis if isinstance(axis, int) else 1
-        return scales, math.prod(first.shape[behind % max(1, len(first.shape)) + 1 :])
-    return inner, inner
-
-
-def _kept_behind(before: Sequence[int], after: Sequence[int]) -> int:
-    """The product of the trailing extents that a reduction keeps; 1 where it takes the last."""
-    wide = [extent for extent in before if extent != 1]
-    kept = [extent for extent in after if extent != 1]
-    if kept == wide[: len(kept)]:
-        return 1
-    behind = 1
-    while wide and kept and wide[-1] == kept[-1]:
-        behind *= wide.pop()
-        kept.pop()
-    return behind
-
-
-def _piece(first: Operand, result: Operand) -> int:
-    """Elements that a concatenation, a split, a slice or a padding copies in one piece."""
-    if len(first.shape) != len(result.shape):
-        return result.elements
-    differing = [
-        i for i, (a, b) in enumerate(zip(first.shape, result.shape, strict=True)) if a != b
-    ]
-    if not differing:
-        return result.elements
-    smaller = min(first, result, key=lambda o: o.elements)
-    return math.prod(smaller.shape[differing[-1] :])
-
-
-def _transposed(first: Operand, attributes: Mapping[str, Any]) -> dict[str, float]:
-    """A permutation without axes of one and with those that stay together as one.
-
-    `rank`: of what is left; `single`: 1 where moving one axis does it; `before` and `after`: the
-    innermost extents that change places.
-    """
-    order = [a for a in attributes.get("perm", ()) if a < len(first.shape) and first.shape[a] != 1]
-    blocks: list[list[int]] = []
-    for axis in order:
-        between = range(blocks[-1][-1] + 1, axis) if blocks else ()
-        if blocks and axis > blocks[-1][-1] and all(first.shape[i] == 1 for i in between):
-            blocks[-1].append(axis)
-        else:
-            blocks.append([axis])
-    sizes = [math.prod(first.shape[axis] for axis in block) for block in blocks]
-    places = sorted(range(len(blocks)), key=lambda i: blocks[i][0])  # in the order of the input
-    order = [places.index(i) for i in range(len(blocks))]
-    rank = len(order)
-    single = any(
-        [x for x in order if x != moved] == [x for x in range(rank) if x != moved]
-        for moved in range(rank)
-    )
-    inner = rank - 1
-    while inner > 0 and order[inner] == inner:
-        inner -= 1
-    return {
-        "rank": float(min(6, rank)),
-        "single": 1.0 if single else 0.0,
-        "before": _log(sizes[places[inner]]) if rank else 0.0,
-        "after": _log(sizes[inner]) if rank else 0.0,
-    }
-
-
-def _broadcast_run(present: Sequence[Operand], result: Operand) -> int:
-    """Elements of the result in a row for which the smaller operand stays one or moves along."""
-    smaller = min(present, key=lambda o: o.elements)
-    shape = (1,) * (len(result.shape) - len(smaller.shape)) + smaller.shape
-    run = 1
-    for extent, own in zip(reversed(result.shape), reversed(shape), strict=False):
-        if own != 1 and run > 1 and extent == own and smaller.elements > own:
-            run *= extent
-            continue
-        if own == 1 or run == 1:
-            run *= extent
-            if own != 1:
-                break
-            continue
-        break
-    return run
-
-
-def _copied_run(first: Operand, result: Operand, attributes: Mapping[str, Any]) -> int:
-    """Elements that a transposition moves in one piece: the extents that stay last."""
-    permutation = attributes.get("perm")
-    run = 1
-    if permutation is None:
-        for before, after in zip(reversed(first.shape), reversed(result.shape), strict=False):
-            if before != after:
-                break
-            run *= after
-        return run
-    for axis in range(len(result.shape) - 1, -1, -1):
-        if permutation[axis] != axis:
-            break
-        run *= result.shape[axis]
-    return run

@@ -41,3 +41,8 @@ _BYTES = {
     "int2": 0.25,
     "uint2": 0.25,
 }
+
+
+def log_size(value: float) -> float:
+    """The logarithm to base 2, 0 for what is below one."""
+    return math.log2(max(1.0, value))
