@@ -4,7 +4,7 @@
 #   scripts/setup_arm64.sh            set up; nothing to do takes no time
 #   scripts/setup_arm64.sh --check    say whether it is usable, by running it, and why not
 #
-# On the host it installs Debian's qemu-user and gcc-aarch64-linux-gnu where they are missing (the only
+# On the host it installs Debian's qemu-user, gcc-aarch64-linux-gnu and its C library where they are missing (the only
 # step that needs root or sudo). All else goes into ${EDGEPASS_ARM64_HOME:-~/.cache/edgepass/arm64}:
 #   sysroot/               Debian arm64 packages, unpacked: libc, libstdc++, Python and what they need
 #   sysroot/site/          PyPI's aarch64 wheels, at the versions that constraints.txt pins
@@ -82,10 +82,16 @@ check() {
   return 1
 }
 
+# gcc-aarch64-linux-gnu only recommends the C library's development files, without which nothing links.
+can_link() {
+  local found
+  found=$(aarch64-linux-gnu-gcc -print-file-name=crti.o 2>/dev/null) && [ -e "$found" ]
+}
+
 install_host_tools() {
   local missing=() sudo=()
   find_qemu >/dev/null || missing+=(qemu-user)
-  command -v aarch64-linux-gnu-gcc >/dev/null || missing+=(gcc-aarch64-linux-gnu)
+  can_link || missing+=(gcc-aarch64-linux-gnu libc6-dev-arm64-cross)
   [ ${#missing[@]} -gt 0 ] || return 0
   if [ "$(id -u)" != 0 ]; then
     command -v sudo >/dev/null ||

@@ -29,6 +29,8 @@ POINTS = 60
 SPAN = 1.5
 """Doublings of a coordinate over which a correction changes."""
 _NARROW = {"fill": 0.5, "square": 0.5, "function": 0.5, "single": 0.5}  # shares, not doublings
+_FINE = frozenset({"aligned", "depth_aligned"})
+"""Coordinates that only timings of single kernels can tell of."""
 _COMPUTE = ("convolution", "matmul", "attention", "recurrent")
 _MEMORY_AMOUNTS = ("read", "written", "weights", "launch", "elements")
 _COMPUTE_AMOUNTS = (
@@ -146,7 +148,8 @@ def _marks(kernel: Features, name: str) -> tuple[object, ...]:
 
 
 def _class_sums(found: Sequence[Features], amounts: Array, counts: Array) -> ClassSums:
-    names = tuple(sorted(set.intersection(*(set(kernel.coordinates) for kernel in found))))
+    common = set.intersection(*(set(kernel.coordinates) for kernel in found))
+    names = tuple(sorted(common - _FINE))
     rows = np.array([[k.coordinates[n] for n in names] for k in found]).reshape(len(found), -1)
     return ClassSums(amounts, counts, names, rows)
 
