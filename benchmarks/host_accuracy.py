@@ -12,8 +12,10 @@ Where a reference network takes over a tenth longer meanwhile than it ever did, 
 measured again, three times at the most. Printed are, for each number of threads and recipe: the
 median absolute error, the share of models within 10 % and 20 %, Spearman's rank correlation and the
 share of truths inside the 80 % intervals; and how often the sign of "int8 is slower than fp32" is
-right where the difference exceeds 10 %. `--truths` keeps what was measured, so that another profile
-can be tried in seconds. The truths depend on the machine being otherwise idle.
+right where the difference exceeds 10 %. Then the same with the machine's own speed taken out: times
+are multiplied by what the reference took when the profile was made over what it took meanwhile.
+`--truths` keeps what was measured, so that another profile can be tried in seconds. The truths
+depend on the machine being otherwise idle.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=1e9, help="seconds of measuring, then stop")
     arguments = parser.parse_args()
     print(describe_host())
-    truths = _read(arguments.truths)
+    truths, speeds = _read(arguments.truths)
     predictions: dict[Key, tuple[float, float, float]] = {}
     profile = load_profile(arguments.profile)
     end = time.monotonic() + arguments.limit
@@ -81,15 +83,26 @@ def main() -> None:
                 if (path.stem, recipe, threads) not in truths
             ]
             if missing and time.monotonic() < end:
+                reference.now.clear()
                 found = _measure(path, missing, arguments, reference)
+                speeds[path.stem] = reference.now[min(arguments.threads)]
                 for (recipe, threads), ms in found.items():
                     truths[path.stem, recipe, threads] = ms
-                _write(arguments.truths, truths)
+                _write(arguments.truths, truths, speeds)
         except (EdgepassError, RuntimeError) as error:
             print(f"{path.stem:44} left out: {str(error).splitlines()[0]}", flush=True)
             continue
         print(_line(path.stem, predictions, truths), flush=True)
     _summary(predictions, truths, arguments)
+    recorded = profile.host.get("reference_ms")
+    if recorded and speeds:
+        factors = {name: float(recorded) / ms for name, ms in speeds.items()}
+        print(
+            f"\nThe machine's speed taken out: it took {1 / max(factors.values()):.2f} to "
+            f"{1 / min(factors.values()):.2f} times what it took when the profile was made"
+        )
+        adjusted = {key: ms * factors[key[0]] for key, ms in truths.items() if key[0] in factors}
+        _summary(predictions, adjusted, arguments)
 
 
 class Reference:
@@ -99,12 +112,15 @@ class Reference:
         network = reference_network(prepared_recipes(get_target("host")))
         self.bench = Bench(threads, reference=network)
         self.best = {count: self.bench.reference(count) for count in threads}
+        self.now: dict[int, float] = {}
+        """The least since `now` was emptied."""
 
     def slowdown(self) -> float:
         """The worst over thread counts of its time now over the best ever."""
         worst = 1.0
         for count, best in self.best.items():
             now = self.bench.reference(count)
+            self.now[count] = min(self.now.get(count, now), now)
             self.best[count] = min(best, now)
             worst = max(worst, now / self.best[count])
         return worst
@@ -210,20 +226,29 @@ def _spearman(left: np.ndarray, right: np.ndarray) -> float:
     return float(np.corrcoef(ranks)[0, 1])
 
 
-def _read(path: Path | None) -> dict[Key, float]:
+def _read(path: Path | None) -> tuple[dict[Key, float], dict[str, float]]:
+    """Milliseconds of models, and of the reference meanwhile."""
     if path is None or not path.is_file():
-        return {}
+        return {}, {}
     rows = json.loads(path.read_text(encoding="utf-8"))
-    return {(row["model"], row["recipe"], row["threads"]): row["ms"] for row in rows}
+    truths = {(row["model"], row["recipe"], row["threads"]): row["ms"] for row in rows}
+    return truths, {row["model"]: row["reference_ms"] for row in rows if row.get("reference_ms")}
 
 
-def _write(path: Path | None, truths: dict[Key, float]) -> None:
-    if path is not None:
-        rows = [
-            {"model": model, "recipe": recipe, "threads": threads, "ms": ms}
-            for (model, recipe, threads), ms in truths.items()
-        ]
-        path.write_text(json.dumps(rows, indent=0), encoding="utf-8")
+def _write(path: Path | None, truths: dict[Key, float], speeds: dict[str, float]) -> None:
+    if path is None:
+        return
+    rows = [
+        {
+            "model": model,
+            "recipe": recipe,
+            "threads": threads,
+            "ms": ms,
+            "reference_ms": speeds.get(model),
+        }
+        for (model, recipe, threads), ms in truths.items()
+    ]
+    path.write_text(json.dumps(rows, indent=0), encoding="utf-8")
 
 
 if __name__ == "__main__":
