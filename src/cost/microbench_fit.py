@@ -175,7 +175,7 @@ def fit_correction(
     rows = rows[:, moving]
     residual = residual.clip(-_CLIP, _CLIP)
     spread = rows.std(0)
-    search = _spread_out(rows / spread, min(_SEARCH, len(rows)))
+    search = spread_out(rows / spread, min(_SEARCH, len(rows)))
     spans, variance, extra = _widths(rows[search] / spread, residual[search], noise[search])
     if variance < 1e-5:
         return None
@@ -200,10 +200,10 @@ def _solve(
     points: int,
 ) -> Correction:
     """The mean of the process at given widths, on points spread out among the rows."""
-    chosen = _spread_out(rows / scales, min(points, len(rows)))
+    chosen = spread_out(rows / scales, min(points, len(rows)))
     centres = rows[chosen]
-    cross = _similar(rows / scales, centres / scales)
-    inner = _similar(centres / scales, centres / scales)
+    cross = similar(rows / scales, centres / scales)
+    inner = similar(centres / scales, centres / scales)
     precision = 1.0 / noise
     square = cross.T @ (cross * precision[:, None]) + inner / variance
     square[np.diag_indices(len(square))] += 1e-6 * np.trace(square) / len(square)
@@ -212,13 +212,14 @@ def _solve(
     return Correction(tuple(names), scales, centres, weights)
 
 
-def _similar(left: Array, right: Array) -> Array:
+def similar(left: Array, right: Array) -> Array:
+    """The squared exponential kernel of rows with each other, [n, m]; widths are one."""
     squares = (left**2).sum(1)[:, None] + (right**2).sum(1)[None, :] - 2.0 * left @ right.T
     found: Array = np.exp(-0.5 * np.maximum(squares, 0.0))
     return found
 
 
-def _spread_out(rows: Array, count: int) -> NDArray[np.intp]:
+def spread_out(rows: Array, count: int) -> NDArray[np.intp]:
     """Rows far from each other, the farthest from those chosen next; all where few."""
     if count >= len(rows):
         return np.arange(len(rows))

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .features import Features
-from .microbench_fit import non_negative
+from .microbench_fit import non_negative, similar, spread_out
 from .profile import Correction
 
 Array = NDArray[np.float64]
@@ -154,24 +154,6 @@ def _class_sums(found: Sequence[Features], amounts: Array, counts: Array) -> Cla
     return ClassSums(amounts, counts, names, rows)
 
 
-def _similar(left: Array, right: Array) -> Array:
-    squares = (left**2).sum(1)[:, None] + (right**2).sum(1)[None, :] - 2.0 * left @ right.T
-    found: Array = np.exp(-0.5 * np.maximum(squares, 0.0))
-    return found
-
-
-def _spread_out(rows: Array, count: int) -> NDArray[np.intp]:
-    """Rows far from each other, the farthest from those chosen next; all where few."""
-    if count >= len(rows):
-        return np.arange(len(rows))
-    chosen = [int(np.argmin(((rows - rows.mean(0)) ** 2).sum(1)))]
-    distance = ((rows - rows[chosen[0]]) ** 2).sum(1)
-    while len(chosen) < count and distance.max() > 1e-9:
-        chosen.append(int(np.argmax(distance)))
-        distance = np.minimum(distance, ((rows - rows[chosen[-1]]) ** 2).sum(1))
-    return np.array(chosen)
-
-
 def least_error(matrix: Array, ms: Array, expected: Array, widths: Array) -> Array:
     """Non-negative rates of least absolute relative error plus squared distance to `expected`.
 
@@ -234,10 +216,10 @@ def _basis(sums: ClassSums, models: NDArray[np.bool_]) -> tuple[Array, Array, Co
     takes weights of them to weights of the points; and the correction without its weights."""
     scales = np.array([_NARROW.get(name, SPAN) for name in sums.names])
     seen = sums.seen(models)
-    points = seen[_spread_out(seen / scales, min(POINTS, len(seen)))]
-    prior = _similar(points / scales, points / scales) + 1e-4 * np.eye(len(points))
+    points = seen[spread_out(seen / scales, min(POINTS, len(seen)))]
+    prior = similar(points / scales, points / scales) + 1e-4 * np.eye(len(points))
     unmix = np.linalg.inv(np.linalg.cholesky(prior))
-    basis = _similar(sums.rows / scales, points / scales) @ unmix.T
+    basis = similar(sums.rows / scales, points / scales) @ unmix.T
     return basis, unmix, Correction(sums.names, scales, points, np.zeros(len(points)), "linear")
 
 
