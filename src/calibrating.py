@@ -25,8 +25,8 @@ from .cost.profile import Profile
 from .cost.profiles import find_profile, profile_for
 from .errors import CalibrationError, UsageError
 from .ir.random_weights import fill_random_weights
-from .targets.registry import get_target, runs_on_host
-from .targets.target import Runtime, Target
+from .targets.registry import get_target, is_measurable
+from .targets.target import Target
 
 ProgressCall = Callable[[int, int, str], None]
 
@@ -34,7 +34,7 @@ RECIPES = ("fp32", "int8")
 """What every network is measured in."""
 SOME_RECIPES = ("dynamic-int8", "int4-weights")
 """What networks with matrix products are measured in besides."""
-_EVERY = 3
+_EVERY = 3  # of those, one in so many
 FASTER = 0.95
 """fp16 is measured where it takes less than this share of float32's time."""
 _TRIED = (0, 1, 2, 4)  # networks on which that is found out
@@ -109,7 +109,7 @@ def _profile_meant(given: str | Path | Profile | Target) -> Profile:
 
 def _measurable(target: str | Target) -> Target:
     device = get_target(target)
-    if device.runtime is not Runtime.ONNXRUNTIME or not runs_on_host(device):
+    if not is_measurable(device):
         raise UsageError(
             f"The target {device.name!r} can't be measured on this machine",
             why=f"it is {device.hardware.arch} with {device.runtime}",

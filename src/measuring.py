@@ -27,8 +27,8 @@ from .passes.probe import working_sample
 from .pipelines import epilogue, parse_recipe
 from .speed import time_in_turns
 from .targets.onnx_file import write_onnx
-from .targets.registry import get_target, runs_on_host
-from .targets.target import Runtime, Target
+from .targets.registry import get_target, is_measurable
+from .targets.target import Target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +148,7 @@ def measure(
         EdgepassError: the architecture can't be read, or does not run.
     """
     device = get_target(target)
-    if not runs_on_host(device) or device.runtime is not Runtime.ONNXRUNTIME:
+    if not is_measurable(device):
         raise UsageError(
             f"The target {device.name!r} can't be measured on this machine",
             why=f"it is {device.hardware.arch} with {device.runtime}",

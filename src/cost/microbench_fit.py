@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .features import Features
-from .profile import ClassModel, Correction
+from .profile import ClassModel, Correction, similarity
 
 Array = NDArray[np.float64]
 
@@ -202,21 +202,14 @@ def _solve(
     """The mean of the process at given widths, on points spread out among the rows."""
     chosen = spread_out(rows / scales, min(points, len(rows)))
     centres = rows[chosen]
-    cross = similar(rows / scales, centres / scales)
-    inner = similar(centres / scales, centres / scales)
+    cross = similarity(rows / scales, centres / scales)
+    inner = similarity(centres / scales, centres / scales)
     precision = 1.0 / noise
     square = cross.T @ (cross * precision[:, None]) + inner / variance
     square[np.diag_indices(len(square))] += 1e-6 * np.trace(square) / len(square)
     moment = cross.T @ (precision * residual)
     weights = np.asarray(np.linalg.solve(square, moment), np.float64)
     return Correction(tuple(names), scales, centres, weights)
-
-
-def similar(left: Array, right: Array) -> Array:
-    """The squared exponential kernel of rows with each other, [n, m]; widths are one."""
-    squares = (left**2).sum(1)[:, None] + (right**2).sum(1)[None, :] - 2.0 * left @ right.T
-    found: Array = np.exp(-0.5 * np.maximum(squares, 0.0))
-    return found
 
 
 def spread_out(rows: Array, count: int) -> NDArray[np.intp]:

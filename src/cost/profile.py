@@ -35,6 +35,13 @@ CLIP = (0.2, 5.0)
 Array = NDArray[np.float64]
 
 
+def similarity(left: Array, right: Array) -> Array:
+    """The squared exponential kernel of rows with each other, [n, m]; widths are one."""
+    squares = (left**2).sum(1)[:, None] + (right**2).sum(1)[None, :] - 2.0 * left @ right.T
+    found: Array = np.exp(-0.5 * np.maximum(squares, 0.0))
+    return found
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Correction:
     """A smooth factor on the base, learned around known kernels (or whole models).
@@ -65,10 +72,7 @@ class Correction:
         return novelty
 
     def _similarity(self, rows: Array) -> Array:
-        left, right = rows / self.scales, self.points / self.scales
-        squares = (left**2).sum(1)[:, None] + (right**2).sum(1)[None, :] - 2.0 * left @ right.T
-        found: Array = np.exp(-0.5 * np.maximum(squares, 0.0))
-        return found
+        return similarity(rows / self.scales, self.points / self.scales)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -185,6 +189,11 @@ class Setting:
         """The families in which operators have classes of their own."""
         return frozenset(name.split(":")[0] for name in self.classes if name.count(":") == 2)
 
+    def in_a_run(self, ms: Array) -> Array:
+        """What kernels add to a run, from the milliseconds that their classes say."""
+        found: Array = np.maximum(ms * self.scale + self.per_kernel_ms, LEAST_SHARE * ms)
+        return found
+
     def interval(self, dtype: str) -> Interval:
         """The interval for models that compute mostly in that dtype."""
         found = self.intervals.get(dtype) or self.intervals.get("")
@@ -277,7 +286,7 @@ class Profile:
         for name, indices in by_class.items():
             chosen = [found for i in indices if (found := kernels[i]) is not None]
             ms, novelty = setting.classes[name].predict(chosen)
-            ms = factor * np.maximum(ms * setting.scale + setting.per_kernel_ms, LEAST_SHARE * ms)
+            ms = factor * setting.in_a_run(ms)
             for index, value, distance in zip(indices, ms, novelty, strict=True):
                 times[index] = float(value)
                 novel += float(value) * max(penalty[index], float(distance))

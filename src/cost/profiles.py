@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import ProfileError
+from ..targets.registry import cpu_flags
 from ..targets.target import Target
 from .profile import Profile, load_profile
 
@@ -113,16 +114,9 @@ _TELLING = {
 """Instruction sets that kernels are chosen by."""
 
 
-@functools.cache
 def cpu_features() -> tuple[str, ...]:
     """The instruction sets of this machine's CPU that matter here, sorted, as Linux names them."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return ()
-    named = (line.partition(":") for line in lines)
-    words = next((value for key, _, value in named if key.strip() in ("flags", "Features")), "")
-    return tuple(sorted(_TELLING.intersection(words.split())))
+    return tuple(sorted(_TELLING & cpu_flags()))
 
 
 @functools.cache

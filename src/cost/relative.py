@@ -51,7 +51,7 @@ def relative_ms(
     if narrow is None or not wide:
         return None
     ms, _ = setting.classes[name].predict([found])
-    return float(ms[0] * setting.scale + setting.per_kernel_ms) * narrow / wide
+    return float(setting.in_a_run(ms)[0]) * narrow / wide
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from ..ir.graph import is_onnx_op, module_path, source_line
 from ..ir.ops import NodeCost
 from ..ir.quant import QuantPlan
-from ..targets.registry import runs_on_host, targets
+from ..targets.registry import is_measurable, targets
 from ..targets.target import Runtime, Target
 from .advice import Advice, advice
 from .counts import Counts, count, unbound_dims
@@ -343,7 +343,7 @@ def _notes(
     if time.ms is None and not unbound:
         notes.append(f"latency unknown: {time.reason}")
     notes += _how_latency_is_known(time)
-    if time.ms is not None and not time.profile and _is_measurable(target):
+    if time.ms is not None and not time.profile and is_measurable(target):
         notes.append(
             "latency is assumed: `edgepass calibrate` measures this machine, in nine minutes"
         )
@@ -352,10 +352,6 @@ def _notes(
         if target.runtime is Runtime.TVM and plan.nodes:
             notes.append("TVM computes quantized nodes in floats: 8 bits save size, not time")
     return notes
-
-
-def _is_measurable(target: Target) -> bool:
-    return target.runtime is Runtime.ONNXRUNTIME and runs_on_host(target)
 
 
 def _range(boards: Sequence[Latency]) -> list[str]:

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .features import Features
-from .microbench_fit import non_negative, similar, spread_out
-from .profile import Correction
+from .microbench_fit import non_negative, spread_out
+from .profile import Correction, similarity
 
 Array = NDArray[np.float64]
 Key = tuple[str, str]  # a class, and an amount
@@ -217,9 +217,9 @@ def _basis(sums: ClassSums, models: NDArray[np.bool_]) -> tuple[Array, Array, Co
     scales = np.array([_NARROW.get(name, SPAN) for name in sums.names])
     seen = sums.seen(models)
     points = seen[spread_out(seen / scales, min(POINTS, len(seen)))]
-    prior = similar(points / scales, points / scales) + 1e-4 * np.eye(len(points))
+    prior = similarity(points / scales, points / scales) + 1e-4 * np.eye(len(points))
     unmix = np.linalg.inv(np.linalg.cholesky(prior))
-    basis = similar(sums.rows / scales, points / scales) @ unmix.T
+    basis = similarity(sums.rows / scales, points / scales) @ unmix.T
     return basis, unmix, Correction(sums.names, scales, points, np.zeros(len(points)), "linear")
 
 

@@ -84,7 +84,7 @@ def host_name() -> str:
     """
     machine = platform.machine().lower()
     if machine in ("x86_64", "amd64"):
-        return "x86_64-avx512" if {"avx512f", "avx512_vnni"} <= _cpu_flags() else "x86_64"
+        return "x86_64-avx512" if {"avx512f", "avx512_vnni"} <= cpu_flags() else "x86_64"
     if machine in ("aarch64", "arm64"):
         return "arm64"
     raise UnknownTargetError(
@@ -103,15 +103,21 @@ def runs_on_host(target: Target) -> bool:
     return same and target.hardware.vector_bits <= host.vector_bits
 
 
+def is_measurable(target: Target) -> bool:
+    """Whether this machine can time what the target would run: it has its CPU and its runtime."""
+    return target.runtime is Runtime.ONNXRUNTIME and runs_on_host(target)
+
+
 @functools.cache
-def _cpu_flags() -> frozenset[str]:
+def cpu_flags() -> frozenset[str]:
     """The instruction sets that Linux reports; empty where it does not."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return frozenset()
-    flags = (line.partition(":")[2].split() for line in lines if line.startswith("flags"))
-    return frozenset(next(flags, ()))
+    named = (line.partition(":") for line in lines)  # "Features" is what arm64 says
+    words = (value for key, _, value in named if key.strip() in ("flags", "Features"))
+    return frozenset(next(words, "").split())
 
 
 def _load_built_in() -> None:
