@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from edgepass.errors import PassOptionError
+from edgepass.errors import CalibrationError, PassOptionError
 from edgepass.frontends import load_model
 from edgepass.ir.graph import AbsentTensor
 from edgepass.ir.quant import planned_model_bytes
@@ -47,7 +47,11 @@ def graph_of(nodes, inputs, outputs, weights, *, opset=18) -> ir.Model:
         helper.make_node(op, list(ins), list(outs), name=f"n{i}", **attributes)
         for i, (op, ins, outs, attributes) in enumerate(nodes)
     ]
-    kinds = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int64): TensorProto.INT64}
+    kinds = {
+        np.dtype(np.float32): TensorProto.FLOAT,
+        np.dtype(np.int64): TensorProto.INT64,
+        np.dtype(np.bool_): TensorProto.BOOL,
+    }
     info = [
         helper.make_tensor_value_info(name, kinds[np.dtype(kind)], shape)
         for name, (kind, shape) in inputs.items()
@@ -322,6 +326,193 @@ def test_a_quantized_model_is_left_alone_where_pairs_are():
     Fp16().run(model, Context())
     verify(model)
     assert relative(reference, OrtRunner(model, optimize=False).run(feed)["y"]) < 1e-2
+
+
+# --- what calibration data and structure say ---------------------------------------------------
+
+
+def with_overflow() -> ir.Model:
+    """`n2` gives some 1e6, which `n4` brings back; all weights fit float16."""
+    return graph_of(
+        [
+            ("MatMul", ["x", "w"], ["a"], {}),
+            ("Tanh", ["a"], ["t"], {}),
+            ("MatMul", ["t", "v"], ["huge"], {}),
+            ("Relu", ["huge"], ["r"], {}),
+            ("Mul", ["r", "small"], ["b"], {}),
+            ("MatMul", ["b", "u"], ["y"], {}),
+        ],
+        {"x": (np.float32, ["n", 16])},
+        {"y": ["n", 4]},
+        {
+            "w": normal(16, 16, scale=0.3),
+            "v": normal(16, 16, seed=1, scale=2e4),
+            "small": np.array(1e-5, np.float32),
+            "u": normal(16, 4, seed=2),
+        },
+    )
+
+
+def node_by_node(model: ir.Model, feed) -> dict[str, np.ndarray]:
+    """Every value as hardware with 16-bit arithmetic has it.
+
+    Where ONNX Runtime's CPU has no 16-bit kernel it computes in float32, and takes the Casts
+    between two such nodes out: what overflows there never shows.
+    """
+    values = dict(feed)
+    values |= {n: v.const_value.numpy() for n, v in model.graph.initializers.items()}
+    for node in model.graph:
+        inputs = [v for v in dict.fromkeys(node.inputs) if v is not None]
+        copies = {v: ir.Value(name=v.name, type=v.type, shape=v.shape) for v in inputs}
+        alone = ir.Node(
+            node.domain,
+            node.op_type,
+            [None if v is None else copies[v] for v in node.inputs],
+            list(node.attributes.values()),
+            outputs=[ir.Value(name=v.name, type=v.type) for v in node.outputs],
+        )
+        graph = ir.Graph(
+            list(copies.values()), alone.outputs, nodes=[alone], opset_imports={"": 18}
+        )
+        runner = OrtRunner(ir.Model(graph, ir_version=10), optimize=False)
+        values |= runner.run({v.name: np.asarray(values[v.name]) for v in inputs})
+    return values
+
+
+def test_a_planted_overflow_is_named_and_kept_in_float32():
+    samples = [{"x": normal(4, 16, seed=i)} for i in range(4)]
+    feed = {"x": normal(8, 16, seed=9)}
+    reference = OrtRunner(with_overflow()).run(feed)["y"]
+    blind = with_overflow()
+    Fp16().run(blind, Context())
+    assert np.isinf(node_by_node(blind, feed)["huge"]).any()
+    assert not relative(reference, node_by_node(blind, feed)["y"]) < 0.01
+    model = with_overflow()
+    result = Fp16().run(model, Context(calibration=samples))
+    verify(model)
+    values = node_by_node(model, feed)
+    assert all(np.isfinite(array).all() for array in values.values())
+    assert relative(reference, values["y"]) < 3e-3
+    assert relative(reference, OrtRunner(model).run(feed)["y"]) < 3e-3
+    kinds = {n.name: n.outputs[0].dtype for n in model.graph}
+    for name, kind in {"n0": "FLOAT16", "n2": "FLOAT", "n3": "FLOAT", "n5": "FLOAT16"}.items():
+        assert kinds[name] == ir.DataType[kind], name
+    hidden = np.tanh(np.concatenate([s["x"] for s in samples]) @ normal(16, 16, scale=0.3))
+    peak = np.abs(hidden @ normal(16, 16, seed=1, scale=2e4)).max()
+    note = next(n for n in result.notes if "'n2'" in n)
+    assert f"reaches {peak:.4g}" in note
+    assert "65504" in note
+    assert not any("'n0'" in n for n in result.notes)
+    plan = Fp16().plan(with_overflow(), Context(calibration=samples))
+    assert planned_model_bytes(plan, with_overflow()) == stored_bytes(model)
+
+
+def test_headroom_subnormals_and_masks():
+    model = graph_of(
+        [
+            ("Mul", ["x", "ten"], ["near"], {}),
+            ("Mul", ["x", "tiny"], ["low"], {}),
+            ("Mul", ["low", "many"], ["back"], {}),
+            ("Where", ["m", "x", "never"], ["masked"], {}),
+            ("Softmax", ["masked"], ["p"], {"axis": -1}),
+            ("Sum", ["near", "back", "p"], ["y"], {}),
+        ],
+        {"x": (np.float32, [2, 8]), "m": (np.bool_, [2, 8])},
+        {"y": [2, 8]},
+        {
+            "ten": np.array(1e4, np.float32),
+            "tiny": np.array(1e-5, np.float32),
+            "many": np.array(6e4, np.float32),
+            "never": np.array(-np.inf, np.float32),
+        },
+    )
+    x = np.linspace(-2, 2, 16, dtype=np.float32).reshape(2, 8)
+    feed = {"x": x, "m": np.arange(16).reshape(2, 8) % 2 == 0}
+    reference = OrtRunner(model).run(feed)["y"]
+    result = Fp16().run(model, Context(calibration=[feed]))
+    verify(model)
+    dtypes = {n.name: n.outputs[0].dtype for n in model.graph}
+    assert dtypes["n0"] == ir.DataType.FLOAT  # 2e4, and other data may give four times that
+    assert dtypes["n1"] == dtypes["n2"] == ir.DataType.FLOAT  # 2e-5 has few bits
+    assert dtypes["n3"] == dtypes["n4"] == ir.DataType.FLOAT16  # -inf is a mask, no overflow
+    assert any("'n1'" in n and "reaches only 2e-05" in n for n in result.notes)
+    assert relative(reference, OrtRunner(model, optimize=False).run(feed)["y"]) < 1e-3
+
+
+def test_rounding_before_a_softmax_and_sums_of_a_pool():
+    model = graph_of(
+        [
+            ("Mul", ["x", "steep"], ["scores"], {}),
+            ("Softmax", ["scores"], ["p"], {"axis": -1}),
+            ("Mul", ["x", "wide"], ["image"], {}),
+            ("GlobalAveragePool", ["image"], ["g"], {}),
+            ("Add", ["p", "g"], ["y"], {}),
+        ],
+        {"x": (np.float32, [1, 2, 16, 16])},
+        {"y": [1, 2, 16, 16]},
+        {"steep": np.array(900, np.float32), "wide": np.array(500, np.float32)},
+    )
+    feed = {"x": np.random.default_rng(0).uniform(0.5, 1, (1, 2, 16, 16)).astype(np.float32)}
+    reference = OrtRunner(model).run(feed)["y"]
+    notes = Fp16().run(model, Context(calibration=[feed])).notes
+    dtypes = {n.name: n.outputs[0].dtype for n in model.graph}
+    assert dtypes["n0"] == dtypes["n1"] == dtypes["n3"] == ir.DataType.FLOAT
+    assert dtypes["n2"] == ir.DataType.FLOAT16
+    assert any("before a Softmax" in n for n in notes)
+    assert any("comes of sums" in n for n in notes)
+    assert relative(reference, OrtRunner(model, optimize=False).run(feed)["y"]) < 1e-3
+
+
+def decomposed_norm(square: str) -> ir.Model:
+    """RMSNorm of Zhang and Sennrich 2019 as exporters write it, on values of some 1000."""
+    squared = ("Mul", ["x", "x"]) if square == "Mul" else ("Pow", ["x", "two"])
+    return graph_of(
+        [
+            (*squared, ["s"], {}),
+            ("ReduceMean", ["s", "last"], ["m"], {"keepdims": 1}),
+            ("Add", ["m", "epsilon"], ["e"], {}),
+            ("Sqrt", ["e"], ["q"], {}),
+            ("Reciprocal", ["q"], ["i"], {}),
+            ("Mul", ["x", "i"], ["n"], {}),
+            ("Mul", ["n", "g"], ["y"], {}),
+        ],
+        {"x": (np.float32, [4, 32])},
+        {"y": [4, 32]},
+        {
+            "two": np.array(2, np.float32),
+            "last": np.array([-1], np.int64),
+            "epsilon": np.array(1e-6, np.float32),
+            "g": normal(32),
+        },
+    )
+
+
+@pytest.mark.parametrize("square", ["Mul", "Pow"])
+def test_statistics_of_norms_stay_in_float32_without_data(square):
+    model = decomposed_norm(square)
+    x = normal(4, 32, scale=1000)
+    x[3] = 0  # 1 / sqrt(1e-6) fits; with a smaller epsilon only the Clip keeps it finite
+    reference = OrtRunner(model).run({"x": x})["y"]
+    Fp16().run(model, Context())
+    verify(model)
+    dtypes = {n.name: n.outputs[0].dtype for n in model.graph}
+    assert all(dtypes[f"n{i}"] == ir.DataType.FLOAT for i in range(5))
+    assert dtypes["n5"] == dtypes["n6"] == ir.DataType.FLOAT16
+    found = OrtRunner(model, optimize=False).run({"x": x})["y"]
+    assert np.isfinite(found).all()
+    assert relative(reference, found) < 3e-3
+
+
+def test_bf16_needs_no_headroom():
+    samples = [{"x": normal(4, 16, seed=i)} for i in range(2)]
+    model = with_overflow()
+    notes = Bf16(arithmetic="yes").run(model, Context(calibration=samples)).notes
+    assert not any("reaches" in n for n in notes)
+
+
+def test_a_bad_sample_is_named():
+    with pytest.raises(CalibrationError, match="dimensions"):
+        Fp16().run(with_overflow(), Context(calibration=[{"x": normal(16)}]))
 
 
 @QUICK

@@ -2,12 +2,14 @@
 
 Here: the two passes and the rewrite they share. Where the target computes in the 16-bit type, nodes
 do, with Casts at the edges; where it does not, only weights are stored so, and a Cast that the
-runtime folds when loading gives float32 back. Which nodes may: `half_ops`.
+runtime folds when loading gives float32 back. Which nodes may: `half_ops`, and `half_ranges` where
+calibration data shows what they compute.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar
 
 import numpy as np
@@ -17,6 +19,7 @@ from ...errors import PassOptionError
 from ...ir.edit import Editor, inherit_metadata
 from ...ir.graph import (
     AbsentTensor,
+    absent_weights,
     constant_tensor,
     describe_node,
     fresh_name,
@@ -30,6 +33,7 @@ from ...ir.quant import QuantPlan, QuantSpec, is_qdq
 from ...targets.target import Target
 from ..base import Context, Pass, PassResult, Stage
 from .half_ops import Ports, convert, half_ports, limit, misfit
+from .half_ranges import Magnitude, observe_magnitudes, out_of_range, statistics
 from .known_types import require_types
 from .notes import refusal_notes
 from .qdq import drop_unused_constant
@@ -57,12 +61,23 @@ class _HalfPass(Pass):
 
     def plan(self, model: ir.Model, context: Context) -> QuantPlan:
         """What becomes 16-bit. Weights may be absent: then all are taken to fit the range."""
-        return _Rewriter(model, self, self._computes(context.target)).plan()
+        computes = self._computes(context.target)
+        return _Rewriter(model, self, computes, self._magnitudes(model, context, computes)).plan()
+
+    def _magnitudes(
+        self, model: ir.Model, context: Context, computes: bool
+    ) -> Mapping[str, Magnitude] | None:
+        """What calibration data makes of each value; None without data, weights or need."""
+        if not computes or not context.calibration or absent_weights(model):
+            return None
+        require_types(model)
+        return observe_magnitudes(model, context.calibration, context.progress)
 
     def run(self, model: ir.Model, context: Context) -> PassResult:
         """See `Pass.run`."""
         computes = self._computes(context.target)
-        rewriter = _Rewriter(model, self, computes)
+        magnitudes = self._magnitudes(model, context, computes)
+        rewriter = _Rewriter(model, self, computes, magnitudes)
         plan = rewriter.plan()
         if not rewriter.ports and not rewriter.stored:
             notes = ("nothing to convert: no float32 weights or arithmetic", *refusal_notes(plan))
@@ -76,6 +91,9 @@ class _HalfPass(Pass):
                 f"{len(plan.entries)} weights stored in {kind}, arithmetic in float32: {where} has "
                 f"no {kind} arithmetic on its fast path",
             )
+        if magnitudes is not None:
+            count = len(context.calibration or ())
+            notes = (*notes, f"ranges of {len(magnitudes)} values seen on {count} samples")
         return PassResult(model, True, (*notes, *refusal_notes(plan)))
 
     def _computes(self, target: Target | None) -> bool:
@@ -92,7 +110,8 @@ class Fp16(_HalfPass):
 
     `keep`: names of nodes or operator types to leave in float32. `arithmetic`: "yes", "no" (weights
     only), or "auto": where the target lists float16. Constants beyond 65504 and what reads them
-    stay in float32.
+    stay in float32, and the statistics of norms. With calibration data so do values that leave
+    float16's range on it, each named with what it reached.
     """
 
     name = "fp16"
@@ -116,7 +135,13 @@ class _Rewriter:
     after:  x -> Cast(16) -> Conv(W16) -> Relu -> Cast(32) -> y
     """
 
-    def __init__(self, model: ir.Model, item: _HalfPass, computes: bool) -> None:
+    def __init__(
+        self,
+        model: ir.Model,
+        item: _HalfPass,
+        computes: bool,
+        magnitudes: Mapping[str, Magnitude] | None = None,
+    ) -> None:
         self.model = model
         self.graph = model.graph
         self.item = item
@@ -128,6 +153,7 @@ class _Rewriter:
         self.large: set[ir.Value] = set()
         require_types(model)
         self.returned = self._returned_by_subgraphs()
+        self.outside = {} if magnitudes is None else out_of_range(model, magnitudes, self.dtype)
         self.ports = self._select() if computes else {}
         self.stored = self._select_stored()
         self.cast: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
@@ -138,14 +164,22 @@ class _Rewriter:
     def _select(self) -> dict[ir.Node, Ports]:
         chosen: dict[ir.Node, Ports] = {}
         counted: set[ir.Value] = set()  # floats computed from integers: positions, masks, sizes
+        narrow = self.dtype == ir.DataType.FLOAT16  # bfloat16 has float32's range
+        measures, measured = statistics(self.model) if narrow else (set(), set())
         for node in self.graph:
             if self._counts(node, counted):
                 counted.update(node.outputs)
                 continue
             if self._is_kept(node) or any(v in self.returned for v in node.outputs):
                 continue
+            if node in measures:
+                continue
             ports = half_ports(node, self.dtype, self.opset)
             if isinstance(ports, str):
+                continue
+            reason = self._outside_of(node, ports)
+            if reason:
+                self.refused.append((describe_node(node), reason))
                 continue
             reason = self._misfit_of(node, ports)
             if reason:
@@ -153,7 +187,7 @@ class _Rewriter:
                 self.large.update(node.outputs)
                 continue
             chosen[node] = ports
-        self.large |= counted
+        self.large |= counted | measured
         return chosen
 
     def _counts(self, node: ir.Node, counted: set[ir.Value]) -> bool:
@@ -171,6 +205,17 @@ class _Rewriter:
 
     def _is_kept(self, node: ir.Node) -> bool:
         return node.op_type in self.item.keep or (node.name or "") in self.item.keep
+
+    def _outside_of(self, node: ir.Node, ports: Ports) -> str:
+        """Why calibration data forbids the node: what it gives or reads is out of range."""
+        for index in ports.outputs:
+            if (reason := self.outside.get(node.outputs[index])) is not None:
+                return f"its result {node.outputs[index].name!r} {reason}"
+        for index in ports.inputs:
+            value = node.inputs[index]
+            if value is not None and (reason := self.outside.get(value)) is not None:
+                return f"its input {value.name!r} {reason}"
+        return ""
 
     def _misfit_of(self, node: ir.Node, ports: Ports) -> str:
         for index in ports.inputs:
