@@ -81,7 +81,7 @@ def _unstack(stacks: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> list[Fe
     specs = {spec.name: spec for spec in inputs}
     if set(arrays) != set(specs):
         check_feed(inputs, arrays, where="the stacked samples")
-    split = {name: _split(array, specs[name]) for name, array in arrays.items()}
+    split = {name: split_stack(array, specs[name]) for name, array in arrays.items()}
     counts = {name: len(parts) for name, parts in split.items()}
     if len(set(counts.values())) != 1:
         raise CalibrationError(
@@ -93,7 +93,7 @@ def _unstack(stacks: Mapping[str, Any], inputs: Sequence[TensorSpec]) -> list[Fe
     return [{name: parts[i] for name, parts in split.items()} for i in range(total)]
 
 
-def _split(array: np.ndarray, spec: TensorSpec) -> list[np.ndarray]:
+def split_stack(array: np.ndarray, spec: TensorSpec) -> list[np.ndarray]:
     """One array a sample: entries of a stack, else runs of rows as long as the input's batch."""
     rank = None if spec.shape is None else len(spec.shape)
     if array.ndim == 0:
