@@ -71,7 +71,9 @@ class QuantSpec:
 
     A floating `dtype` (a half-precision plan) has no scale and no zero point. `symmetric` fixes
     the zero point at the middle of the range. `zero_points`: whether they are written; 32-bit
-    biases and 4-bit weights have none. `padded`: the last block is stored in full.
+    biases and 4-bit weights have none. `padded`: the last block is stored in full. `folded`: behind
+    operators that a runtime computes once, when it loads, in place of a DequantizeLinear. `bits`:
+    of an element as stored, where that is not what the dtype says (packed into bytes).
     """
 
     dtype: ir.DataType
@@ -79,6 +81,13 @@ class QuantSpec:
     granularity: Granularity = PerTensor()
     zero_points: bool = True
     padded: bool = False
+    folded: bool = False
+    bits: int = 0
+
+    @property
+    def width(self) -> int:
+        """Bits of an element as stored."""
+        return self.bits or self.dtype.bitwidth
 
     @property
     def is_integer(self) -> bool:
@@ -137,7 +146,7 @@ def spec_bytes(spec: QuantSpec, shape: tuple[int, ...]) -> int:
     Sub-byte elements are packed, each tensor rounded up to a byte.
     """
     shape = stored_shape(spec, shape)
-    data = _packed(math.prod(shape), spec.dtype)
+    data = _packed(math.prod(shape), spec.width)
     return data + parameter_bytes(spec, shape)
 
 
@@ -154,7 +163,7 @@ def parameter_bytes(spec: QuantSpec, shape: tuple[int, ...]) -> int:
     if not spec.is_integer:
         return 0
     count = math.prod(spec.parameter_shape(shape))
-    return 4 * count + (_packed(count, spec.dtype) if spec.zero_points else 0)
+    return 4 * count + (_packed(count, spec.width) if spec.zero_points else 0)
 
 
 def planned_bytes(plan: QuantPlan, value: ir.Value) -> int:
@@ -187,8 +196,8 @@ def planned_model_bytes(plan: QuantPlan, model: ir.Model) -> int:
     return total
 
 
-def _packed(count: int, dtype: ir.DataType) -> int:
-    return (count * dtype.bitwidth + 7) // 8
+def _packed(count: int, bits: int) -> int:
+    return (count * bits + 7) // 8
 
 
 # --- the view through Q/DQ -------------------------------------------------------------------
@@ -299,7 +308,8 @@ class IntegerOp:
 
     `inputs`: the data inputs that must be (None: all of them). `float_output`: the result may stay
     float (otherwise it must go into a single Q). `same_scale`: elements are moved, so that input
-    and output share one scale; `weighted`: it has weights, and a bias as input 2.
+    and output share one scale; `weighted`: it has weights, and a bias as input 2. `lowered`: the
+    writer of pairs puts other operators in its place, which run in integers.
     The rows are those ONNX Runtime 1.32 fuses on its CPU provider, found from its optimized graphs.
     """
 
@@ -307,6 +317,7 @@ class IntegerOp:
     float_output: bool = False
     same_scale: bool = False
     weighted: bool = False
+    lowered: bool = False
 
 
 _MOVE = IntegerOp(same_scale=True)
@@ -323,6 +334,9 @@ INTEGER_OPS: Mapping[str, IntegerOp] = MappingProxyType(
         "LeakyRelu": IntegerOp(),
         "Sigmoid": IntegerOp(),
         "Softmax": IntegerOp(),
+        "HardSigmoid": IntegerOp(lowered=True),
+        "HardSwish": IntegerOp(lowered=True),
+        "ReduceMean": IntegerOp(lowered=True),
         **dict.fromkeys(
             (
                 "MaxPool",
@@ -361,7 +375,7 @@ def is_integer_island(node: ir.Node) -> bool:
         return False
     row = INTEGER_OPS[node.op_type]
     inputs = data_inputs(node)
-    if not inputs or not all(
+    if row.lowered or not inputs or not all(
         is_dequantize(value.producer()) for i in inputs if (value := node.inputs[i]) is not None
     ):
         return False

@@ -37,10 +37,15 @@ from ...ir.quant import (
     is_qdq,
 )
 from ...targets.target import QuantScheme
+from .lowered import slope
 
-DEFAULT_OPS: tuple[str, ...] = tuple(op for op in INTEGER_OPS if op not in ("Sigmoid", "Softmax"))
-"""What may run in integers unless the options say otherwise. Sigmoid and Softmax stay float: their
-steep parts lose most to 8 bits, and they cost little."""
+DEFAULT_OPS: tuple[str, ...] = tuple(op for op in INTEGER_OPS if op != "Softmax")
+"""What may run in integers unless the options say otherwise. Softmax stays float: its steep part
+loses most to 8 bits, and it costs little. Sigmoid and HardSigmoid do only as gates, whose readers
+multiply by them."""
+
+GATES = ("Sigmoid", "HardSigmoid")
+"""Functions with results from 0 to 1: that is their range, whatever calibration saw."""
 
 _BIAS = QuantSpec(ir.DataType.INT32, True, PerTensor(), zero_points=False)
 
@@ -95,7 +100,8 @@ class Int8Layout:
     @property
     def sources(self) -> tuple[ir.Value, ...]:
         """The values to observe, each once, in graph order."""
-        return tuple(dict.fromkeys(a.source for a in self.activations))
+        found = dict.fromkeys(a.source for a in self.activations)
+        return tuple(value for value in found if not is_gate_result(value))
 
 
 def plan_int8(
@@ -161,6 +167,15 @@ class _Planner:
                 return self.opset >= 12 and len(node.outputs) == 1
             case "Resize":
                 return _is_convex_resize(node)
+            case "HardSwish":  # clipped by saturation, which symmetric integers do not do at 0
+                return not self.scheme.symmetric_activation
+            case "HardSigmoid" if self.scheme.symmetric_activation or slope(node)[0] <= 0:
+                return False
+            case "Sigmoid" | "HardSigmoid":
+                users = [use.node for use in node.outputs[0].uses()]
+                return bool(users) and all(is_onnx_op(user, "Mul") for user in users)
+            case "ReduceMean":
+                return is_spatial_mean(node)
             case "Add" | "Mul":
                 # A one-element constant is part of an activation function (x + 3, x / 6).
                 return not any(constant_tensor(v) is not None and _count(v) == 1 for v in values)
@@ -417,6 +432,26 @@ def _is_convex_resize(node: ir.Node) -> bool:
     outside = attribute(node, "coordinate_transformation_mode", "half_pixel")
     antialias = attribute(node, "antialias", 0)
     return mode in ("nearest", "linear") and outside != "tf_crop_and_resize" and not antialias
+
+
+def is_spatial_mean(node: ir.Node) -> bool:
+    """Whether a ReduceMean is a global average pooling: over all axes behind the channels."""
+    value = node.inputs[0]
+    rank = len(value.shape) if value is not None and value.shape is not None else 0
+    if rank not in (4, 5) or not attribute(node, "keepdims", 1):
+        return False
+    given = node.inputs[1] if len(node.inputs) > 1 else None
+    tensor = constant_tensor(given)
+    axes = (
+        attribute(node, "axes", ()) if given is None else () if tensor is None else tensor.numpy()
+    )
+    return sorted(int(a) % rank for a in axes) == list(range(2, rank))
+
+
+def is_gate_result(value: ir.Value) -> bool:
+    """Whether a Sigmoid or HardSigmoid made the value."""
+    node = value.producer()
+    return node is not None and is_onnx_op(node, *GATES)
 
 
 def _is_gate(value: ir.Value, result: int | None) -> bool:

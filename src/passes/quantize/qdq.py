@@ -25,7 +25,8 @@ from .numbers import (
     raise_for_bias,
     weight_affine,
 )
-from .plan import Activation, Int8Layout, Weighted
+from .lowered import lower_members
+from .plan import Activation, Int8Layout, Weighted, is_gate_result
 
 Stored = tuple[ir.Value, ir.Value, ir.Value | None]
 """The values of a constant's integers, scales and zero points."""
@@ -67,9 +68,11 @@ class _Writer:
         scheme = self.layout.scheme
         by_source = {
             source: activation_affine(
-                ranges[source.name or ""], scheme.activation, scheme.symmetric_activation
+                Range(0.0, 1.0) if is_gate_result(source) else ranges[source.name or ""],
+                scheme.activation,
+                scheme.symmetric_activation,
             )
-            for source in self.layout.sources
+            for source in dict.fromkeys(a.source for a in self.layout.activations)
         }
         return {a.value: by_source[a.source] for a in self.layout.activations}
 
@@ -118,6 +121,7 @@ class _Writer:
             self._write_pair(activation)
         for value in replaced:
             drop_unused_constant(value)
+        lower_members(self.editor, self.layout.nodes, self.activation_spec.dtype)
 
     def _write_weight(self, item: Weighted) -> None:
         weight = item.node.inputs[1]
