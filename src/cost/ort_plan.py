@@ -229,14 +229,14 @@ class _Writer:
     # --- weights alone ---------------------------------------------------------------------------
 
     def write_weights(self) -> None:
-        """Conv(W): Conv(DequantizeLinear(W8)); padded blocks: MatMulNBits."""
+        """MatMul(W): MatMul(DequantizeLinear(W8)); padded blocks: MatMulNBits. Folded: as it is."""
         for op in self.graph:
             if not op.is_onnx(*_WEIGHTED):
                 continue
             index = 0 if op.type == "MatMul" and not _is_constant(op, 1) else 1
             value = op.inputs[index]
             spec = self.entries.get(value) if value is not None else None
-            if value is None or spec is None:
+            if value is None or spec is None or spec.folded:
                 continue
             if spec.padded:
                 self._to_blocks(op, value, spec)

@@ -96,7 +96,7 @@ def _plan_change(model: ir.Model, plan: QuantPlan) -> int:
     """
     integers = set(plan.nodes)
     change = 0
-    for value in _values(model.graph):
+    for value in (v for graph in graphs(model) for v in _values(graph)):
         spec = plan.entries.get(value.name or "")
         if spec is None:
             continue
@@ -135,6 +135,11 @@ def _stored_change(value: ir.Value, spec: QuantSpec, plan: QuantPlan, integers: 
     if spec.zero_points:
         new += framed(plain_tensor_bytes(f"{name}/zero_point", spec.dtype, scale_dims))
         inputs.append(f"{name}/zero_point")
+    if spec.folded:
+        result = f"{name}/mul"
+        nodes = _folded_nodes(name, inputs, dims)
+        renamed = sum(text_bytes(result) - text_bytes(name) for _ in value.uses())
+        return copies * (new + nodes) + renamed - (0 if value.name in plan.kept else old)
     attributes: dict[str, int] = {}
     match spec.granularity:
         case PerChannel(axis):
@@ -152,6 +157,14 @@ def _stored_change(value: ir.Value, spec: QuantSpec, plan: QuantPlan, integers: 
     renamed = sum(text_bytes(result) - text_bytes(name) for _ in readers)
     change = copies * new + max(len(readers), copies) * dequantize + renamed
     return change - (0 if value.name in plan.kept else old)
+
+
+def _folded_nodes(name: str, stored: list[str], dims: tuple[int, ...]) -> int:
+    """The Cast and Mul that a runtime computes at load, and their descriptions."""
+    cast, result = f"{name}/cast", f"{name}/mul"
+    size = plain_node_bytes("Cast", cast, stored[:1], cast, to=int(ir.DataType.FLOAT))
+    size += plain_node_bytes("Mul", result, [cast, stored[1]], result)
+    return size + sum(_told(made, ir.DataType.FLOAT, dims) for made in (cast, result))
 
 
 def _pair_bytes(value: ir.Value, spec: QuantSpec) -> int:

@@ -96,7 +96,9 @@ class Storage:
     def spec(self, value: ir.Value) -> QuantSpec | None:
         """What the plan says of a value, as far as the runtime makes use of it."""
         spec = self._entries.get(value.name or "")
-        if spec is None or (spec.is_integer and not self.integers and not self.is_constant(value)):
+        if spec is None or spec.folded:  # floats from the start
+            return None
+        if spec.is_integer and not self.integers and not self.is_constant(value):
             return None
         return spec
 
@@ -164,7 +166,9 @@ class Storage:
                 if constant_tensor(value) is None:
                     continue
                 spec = self._entries.get(value.name or "")
-                if spec is not None and spec.is_integer and value.name not in self._kept:
+                if spec is None or spec.folded or not spec.is_integer:
+                    continue
+                if value.name not in self._kept:
                     yield value
 
     def conversions(self, node: ir.Node) -> Iterator[tuple[str, ir.Value]]:

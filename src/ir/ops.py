@@ -359,13 +359,18 @@ def _label(node: ir.Node) -> str:
     return f"{node.name or '(unnamed)'} ({node.op_type})"
 
 
+_UNPACKING = frozenset({"Cast", "Sub", "Mul", "Add", "Div", "Mod", "BitShift"}) | {
+    *("Reshape", "Slice", "Gather"),
+}
+"""What stands between a weight that is stored small and its reader (`passes.quantize.stored`)."""
+
 # --- control flow ----------------------------------------------------------------------------
 
 
 def _control_flow_cost(
     node: ir.Node, bindings: Bindings | None, functions: Functions | None
 ) -> NodeCost:
-    bodies = [graph_cost(graph, bindings, functions) for graph in node_subgraphs(node)]
+    bodies = [graph_cost(_run(graph), bindings, functions) for graph in node_subgraphs(node)]
     if not bodies:
         return NodeCost(None, 0, None, None, 0, f"{_label(node)}: it has no body")
     if node.op_type == "If":
@@ -376,6 +381,17 @@ def _control_flow_cost(
         reason = f"{_label(node)}: {error}"
         return NodeCost(None, 0, None, None, bodies[0].weight_bytes, reason)
     return bodies[0].times(trips)
+
+
+def _run(body: ir.Graph) -> list[ir.Node]:
+    """The nodes of a body without those that unpack weights, which a runtime does once."""
+    made: set[ir.Value] = set()
+    for node in body:
+        if node.op_type in _UNPACKING and all(
+            v is None or v in made or constant_tensor(v) is not None for v in node.inputs
+        ):
+            made.update(node.outputs)
+    return [node for node in body if not all(v in made for v in node.outputs)]
 
 
 def _costlier(branches: list[NodeCost]) -> NodeCost:

@@ -19,6 +19,7 @@ from ...ir.graph import (
     constant_tensor,
     describe_node,
     fresh_name,
+    graph_tree,
     is_absent,
     is_onnx_op,
     opset_of,
@@ -30,13 +31,14 @@ from .known_types import require_types
 from .notes import refusal_notes
 from .numbers import Affine, quantize, weight_affine
 from .qdq import Stored, absent, dequantize, drop_unused_constant, store
+from .stored import Shared, store_folded
 from .tables import Table, lookup_tables, write_tables
 
 MIN_ELEMENTS = 256
 """Smaller weights save less than their scales and nodes cost."""
 DEFAULT_BLOCK = 32
 """Elements that share a scale in 4 bits, where the option leaves it open."""
-_OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU", "RNN")
 _BLOCKED_OPSET = 21
 
 
@@ -115,11 +117,6 @@ class WeightOnly(Pass):
             counts["Gather"] = len(tables)
         text = ", ".join(f"{count} {op}" for op, count in sorted(counts.items()))
         notes = [f"{plan.label}: weights of {text}"]
-        if counts["Conv"] or counts["ConvTranspose"]:
-            notes.append(
-                "ONNX Runtime unpacks the weights of Conv at every run, which costs time; with the "
-                "session option session.disable_quant_qdq=1 it unpacks them once, when loading"
-            )
         return PassResult(model, True, (*notes, *refusal_notes(plan)))
 
     def _select(self, model: ir.Model) -> tuple[list[_Weight], list[Table], list[tuple[str, str]]]:
@@ -133,24 +130,23 @@ class WeightOnly(Pass):
         require_types(model)
         weights: list[_Weight] = []
         refused: list[tuple[str, str]] = []
-        for node in model.graph:
+        for node in (n for graph in graph_tree(model.graph) for n in graph):
             if not is_onnx_op(node, *_OPERATORS):
                 continue
             if node.op_type in self.exclude or (node.name or "") in self.exclude:
                 refused.append((describe_node(node), "excluded by option"))
                 continue
-            weight = self._weight(node, opset)
-            if isinstance(weight, _Weight):
-                weights.append(weight)
-            elif weight:
-                refused.append((describe_node(node), weight))
+            inside = node.graph is not model.graph
+            for index in _weight_inputs(node):
+                weight = self._weight(node, index, opset, inside)
+                if isinstance(weight, _Weight):
+                    weights.append(weight)
+                elif weight:
+                    refused.append((describe_node(node), weight))
         return weights, list(lookup_tables(model, self.exclude)), refused
 
-    def _weight(self, node: ir.Node, opset: int) -> _Weight | str:
-        """How to store the node's weight; why not; or '' where there is none."""
-        index = 1
-        if node.op_type == "MatMul" and constant_tensor(node.inputs[1]) is None:
-            index = 0
+    def _weight(self, node: ir.Node, index: int, opset: int, inside: bool) -> _Weight | str:
+        """How to store a weight of the node; why not; or '' where there is none."""
         value = node.inputs[index]
         tensor = constant_tensor(value)
         if value is None or tensor is None:
@@ -164,7 +160,10 @@ class WeightOnly(Pass):
         assert axis is not None
         per_channel = QuantSpec(ir.DataType.INT8, True, PerChannel(axis % rank))
         matrix = node.op_type in ("MatMul", "Gemm") and rank == 2 and index == 1
-        if not matrix or (self.bits == 8 and not self.block):
+        if not matrix or inside:
+            folded = dataclasses.replace(per_channel, zero_points=False, folded=True)
+            return _Weight(node, index, folded)
+        if self.bits == 8 and not self.block:
             return _Weight(node, index, per_channel)
         along = 1 - axis % rank
         size = self.block or DEFAULT_BLOCK
@@ -199,13 +198,29 @@ class WeightOnly(Pass):
         )
 
 
+def _weight_inputs(node: ir.Node) -> tuple[int, ...]:
+    if node.op_type in ("LSTM", "GRU", "RNN"):
+        return (1, 2)
+    if node.op_type == "MatMul" and constant_tensor(node.inputs[1]) is None:
+        return (0,)
+    return (1,)
+
+
 def _write(model: ir.Model, weights: list[_Weight]) -> None:
-    """before: Conv(x, W) -> y      after: Conv(x, DequantizeLinear(W8)) -> y"""
+    """before: MatMul(x, W) -> y      after: MatMul(x, DequantizeLinear(W8)) -> y
+
+    What is no matrix of a MatMul or Gemm: see `store_folded`.
+    """
     editor = Editor()
+    folded: Shared = {}
+    affines = {(w.value, w.spec): _affine(w) for w in weights if w.spec.folded}
     stored: dict[tuple[ir.Value, QuantSpec], Stored] = {}
     replaced = dict.fromkeys(w.value for w in weights)
     for item in weights:
         key = item.value, item.spec
+        if item.spec.folded:
+            store_folded(editor, item.node, item.index, item.spec, affines[key], folded)
+            continue
         if key not in stored:
             stored[key] = (
                 _store_for_contrib(editor, item)
