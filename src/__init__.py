@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from .passes.rules import RewriteRule as RewriteRule
     from .passes.rules import RuleGroup as RuleGroup
     from .passes.rules import explain as explain
+    from .search.result import SweepResult as SweepResult
+    from .search.sweep import sweep as sweep
     from .targets.registry import get_target as get_target
     from .targets.registry import register_target as register_target
     from .targets.registry import targets as list_targets
@@ -85,6 +87,8 @@ _HOMES = {
     "RewriteRule": ("passes.rules", "RewriteRule"),
     "RuleGroup": ("passes.rules", "RuleGroup"),
     "explain": ("passes.rules", "explain"),
+    "SweepResult": ("search.result", "SweepResult"),
+    "sweep": ("search.sweep", "sweep"),
     "get_target": ("targets.registry", "get_target"),
     "register_target": ("targets.registry", "register_target"),
     "list_targets": ("targets.registry", "targets"),

@@ -221,6 +221,10 @@ class Artifact:
                 )
         return differences
 
+    def runner(self) -> Any:
+        """The session or library behind `run`, without its checks: what is timed."""
+        return self._session()
+
     def close(self) -> None:
         """Free the runtime's session."""
         if self._runner is not None and hasattr(self._runner, "close"):
