@@ -15,7 +15,7 @@ from ...errors import PassOptionError
 from ...ir.quant import INTEGER_OPS, QuantPlan
 from ...targets.target import QuantScheme, Target
 from ..base import Context, Pass, PassResult, Stage
-from ..fuse.gemm import MatMulAddToGemm
+from .biases import merge_biases
 from .calibrate import Observer, observe
 from .known_types import require_types
 from .notes import refusal_notes
@@ -78,7 +78,7 @@ class StaticInt8(Pass):
 
         Needs neither weights nor calibration.
         """
-        _merge_biases(model, context)
+        merge_biases(model, context)
         layout, notes = self._layout(model, context.target)
         if layout.nodes:
             write_qdq(model, layout)
@@ -93,7 +93,7 @@ class StaticInt8(Pass):
             UsageError: no calibration data; a target without integers; opset below 10.
             CalibrationError: see `calibrate.observe`.
         """
-        _merge_biases(model, context)
+        merge_biases(model, context)
         layout, notes = self._layout(model, context.target)
         notes = (*notes, *_notes(layout))
         if not layout.nodes:
@@ -118,16 +118,6 @@ class StaticInt8(Pass):
         options = PlanOptions(ops=self.ops, exclude=self.exclude, attention=self.attention)
         notes += _session_notes(scheme, target)
         return lay_out(model, scheme, options), notes
-
-
-def _merge_biases(model: ir.Model, context: Context) -> None:
-    """MatMul + bias of matrices as Gemm, as the fuse stage has it already.
-
-    ONNX Runtime 1.32 does so itself before it looks at pairs, and then finds a float bias in its
-    Gemm and runs the node in float.
-    """
-    require_types(model)
-    MatMulAddToGemm().run(model, context)
 
 
 def _session_notes(scheme: QuantScheme, target: Target | None) -> tuple[str, ...]:
