@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import onnx_ir as ir
 
@@ -20,12 +20,12 @@ from ...ir.graph import (
     constant_scalar,
     constant_tensor,
     describe_node,
-    graphs,
+    graph_tree,
     is_onnx_op,
     opset_of,
     static_shape,
 )
-from ...ir.ops import Category, facts, weight_channel_axis
+from ...ir.ops import weight_channel_axis
 from ...ir.quant import (
     INTEGER_OPS,
     PerChannel,
@@ -34,7 +34,6 @@ from ...ir.quant import (
     QuantSpec,
     data_inputs,
     is_dequantize,
-    is_qdq,
 )
 from ...targets.target import QuantScheme
 from .lowered import slope
@@ -54,23 +53,26 @@ _BIAS = QuantSpec(ir.DataType.INT32, True, PerTensor(), zero_points=False)
 class PlanOptions:
     """What a caller may choose. `exclude` holds node names and operator types.
 
-    `attention`: MatMuls of two activations too.
+    `attention`: MatMuls of two activations too. `unseen`: graphs that calibration never ran.
     """
 
     ops: tuple[str, ...] = DEFAULT_OPS
     exclude: tuple[str, ...] = ()
     attention: bool = False
+    unseen: frozenset[ir.Graph] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
 class Activation:
-    """A value that gets a Q/DQ pair.
+    """A value that gets a Q/DQ pair in `graph`.
 
     `source` is the value whose range sets the scale: the value itself, or the one it was moved
     from. `everywhere`: every user reads the pair (an integer node made the value), else only the
-    integer nodes do. `absorbed`: the Relu or Clip making the value, which saturation replaces.
+    integer nodes of the graph do: those of a branch or loop body have a pair of their own for a
+    value from outside. `absorbed`: the Relu or Clip making the value, which saturation replaces.
     """
 
+    graph: ir.Graph
     value: ir.Value
     source: ir.Value
     everywhere: bool
@@ -112,18 +114,54 @@ def plan_int8(
 
 
 def lay_out(model: ir.Model, scheme: QuantScheme, options: PlanOptions) -> Int8Layout:
-    """The plan with the nodes and values it is about."""
-    return _Planner(model, scheme, options).layout()
+    """The plan with the nodes and values it is about, those inside If, Loop and Scan too."""
+    parts: list[_Part] = []
+    sources: dict[ir.Value, ir.Value] = {}
+    for graph in graph_tree(model.graph):
+        part = _Planner(model, graph, scheme, options, sources).part()
+        for activation in part.activations:
+            sources.setdefault(activation.value, activation.source)
+        parts.append(part)
+    whole = _Part(
+        tuple(node for part in parts for node in part.nodes),
+        tuple(item for part in parts for item in part.activations),
+        tuple(item for part in parts for item in part.weighted),
+        tuple(item for part in parts for item in part.constants),
+        tuple(note for part in parts for note in part.notes),
+    )
+    plan = _plan(whole, scheme)
+    return Int8Layout(plan, scheme, whole.nodes, whole.activations, whole.weighted, whole.constants)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """What one graph adds to a layout."""
+
+    nodes: tuple[ir.Node, ...]
+    activations: tuple[Activation, ...]
+    weighted: tuple[Weighted, ...]
+    constants: tuple[tuple[ir.Node, int], ...]
+    notes: tuple[tuple[str, str], ...]
 
 
 class _Planner:
-    def __init__(self, model: ir.Model, scheme: QuantScheme, options: PlanOptions) -> None:
-        self.model = model
+    """Plans one graph. `sources`: whose range an outer value is quantized by, where it is."""
+
+    def __init__(
+        self,
+        model: ir.Model,
+        graph: ir.Graph,
+        scheme: QuantScheme,
+        options: PlanOptions,
+        sources: Mapping[ir.Value, ir.Value],
+    ) -> None:
+        self.graph = graph
+        self.sources = sources
         self.scheme = scheme
         self.options = options
         self.opset = opset_of(model)
         self.refused: dict[ir.Node, str] = {}
-        self.order = list(model.graph)
+        self.order = list(graph)
         self.seeds = {node for node in self.order if self._is_seed(node)}
         # Values that a seed reads are quantized anyway: a follower gets them for nothing.
         self.read_by_seeds = {v for node in self.seeds for _, v in self._activations(node)}
@@ -148,6 +186,8 @@ class _Planner:
                 self.refused[node] = "excluded by option"
             return False
         reason = _why_not(node, self.options.attention)
+        if not reason and self.graph in self.options.unseen:
+            reason = "calibration never ran its branch"
         if reason:
             self.refused[node] = reason
         return not reason
@@ -249,7 +289,7 @@ class _Planner:
 
     # --- which values --------------------------------------------------------------------------
 
-    def layout(self) -> Int8Layout:
+    def part(self) -> _Part:
         nodes = tuple(node for node in self.order if node in self.members)
         read = {v for node in nodes for _, v in self._activations(node)}
         activations = self._pairs(read)
@@ -261,19 +301,19 @@ class _Planner:
             for i in data_inputs(node)
             if constant_tensor(node.inputs[i]) is not None
         )
-        plan = self._plan(nodes, activations, weighted, constants)
-        return Int8Layout(plan, self.scheme, nodes, activations, weighted, constants)
+        return _Part(nodes, activations, weighted, constants, tuple(self._notes()))
 
     def _pairs(self, read: set[ir.Value]) -> tuple[Activation, ...]:
+        graph = self.graph
         pairs: dict[ir.Value, Activation] = {}
-        for value in self.model.graph.inputs:
-            if value in read:
-                pairs[value] = Activation(value, value, everywhere=False)
+        for value in self._from_outside(read):
+            source = self.sources.get(value, value)
+            pairs[value] = Activation(graph, value, source, everywhere=False)
         for node in self.order:
             if node not in self.members:
                 for value in node.outputs:
                     if value in read and value not in pairs:
-                        pairs[value] = Activation(value, value, everywhere=False)
+                        pairs[value] = Activation(graph, value, value, everywhere=False)
                 continue
             row = INTEGER_OPS[node.op_type]
             results = [self._result(node, i) for i in range(len(node.outputs))]
@@ -281,8 +321,21 @@ class _Planner:
                 continue
             for value in results:
                 source = pairs[node.inputs[0]].source if row.same_scale else value  # type: ignore[index]
-                pairs[value] = Activation(value, source, True, self._absorbed(node))
+                pairs[value] = Activation(graph, value, source, True, self._absorbed(node))
         return tuple(pairs.values())
+
+    def _from_outside(self, read: set[ir.Value]) -> Iterator[ir.Value]:
+        """The values read that no node of the graph makes: its inputs, then captured ones."""
+        made = {value for node in self.order for value in node.outputs}
+        inputs = [value for value in self.graph.inputs if value in read]
+        yield from inputs
+        made.update(inputs)
+        for node in self.order:
+            if node in self.members:
+                for _, value in self._activations(node):
+                    if value not in made:
+                        made.add(value)
+                        yield value
 
     @staticmethod
     def _has_weights(node: ir.Node) -> bool:
@@ -302,74 +355,62 @@ class _Planner:
         )
         return Weighted(node, spec, len(node.inputs) > 2 and node.inputs[2] is not None)
 
-    def _plan(
-        self,
-        nodes: tuple[ir.Node, ...],
-        activations: tuple[Activation, ...],
-        weighted: tuple[Weighted, ...],
-        constants: tuple[tuple[ir.Node, int], ...],
-    ) -> QuantPlan:
-        symmetric = self.scheme.symmetric_activation
-        activation = QuantSpec(self.scheme.activation, symmetric)
-        entries = {a.value.name or "": activation for a in activations}
-        stored: Counter[str] = Counter()
-        covered: Counter[str] = Counter()
-        seen: set[tuple[str, QuantSpec]] = set()
-        for item in weighted:
-            weight = item.node.inputs[1].name or ""  # type: ignore[union-attr]
-            entries.setdefault(weight, item.spec)
-            covered[weight] += 1
-            stored[weight] += (weight, item.spec) not in seen
-            seen.add((weight, item.spec))
-            if item.has_bias:
-                bias = item.node.inputs[2].name or ""  # type: ignore[union-attr]
-                channels = not isinstance(item.spec.granularity, PerTensor)
-                granularity = PerChannel(0) if channels else PerTensor()
-                entries[bias] = dataclasses.replace(_BIAS, granularity=granularity)
-                covered[bias] += 1
-                stored[bias] += 1
-        for node, index in constants:
-            name = node.inputs[index].name or ""  # type: ignore[union-attr]
-            entries.setdefault(name, dataclasses.replace(activation, symmetric=False))
-            covered[name] += 1
-            stored[name] = 1
-        values = self._by_name(weighted, constants)
-        return QuantPlan(
-            label=f"int8 {self.scheme}",
-            entries=entries,
-            nodes=tuple(node.name or node.outputs[0].name or "" for node in nodes),
-            copies={name: count for name, count in stored.items() if count > 1}
-            | dict.fromkeys(_orphans(activations), 0),
-            kept=frozenset(
-                name
-                for name, value in values.items()
-                if len(value.uses()) > covered[name] or value.is_graph_output()
-            ),
-            notes=tuple(self._notes()),
-        )
-
-    @staticmethod
-    def _by_name(
-        weighted: Iterable[Weighted], constants: Iterable[tuple[ir.Node, int]]
-    ) -> dict[str, ir.Value]:
-        values = [v for item in weighted for v in item.node.inputs[1:3] if v is not None]
-        values += [v for node, i in constants if (v := node.inputs[i]) is not None]
-        return {value.name or "": value for value in values}
-
     def _notes(self) -> Iterator[tuple[str, str]]:
         for node in self.order:
             if node in self.refused:
                 yield describe_node(node), self.refused[node]
-            elif facts(node).category is Category.RECURRENT:
-                yield describe_node(node), "recurrent: its state would drift in 8 bits; kept float"
-            elif is_onnx_op(node, "ConvTranspose"):
-                yield describe_node(node), "the runtime has no integer kernel for it; kept float"
-        for graph in graphs(self.model):
-            if graph is self.model.graph:
-                continue
-            for node in graph:
-                if is_onnx_op(node, "Conv", "Gemm", "MatMul") and not is_qdq(node):
-                    yield describe_node(node), "inside a subgraph or function; kept float"
+
+
+# --- the plan as data --------------------------------------------------------------------------
+
+
+def _plan(part: _Part, scheme: QuantScheme) -> QuantPlan:
+    symmetric = scheme.symmetric_activation
+    activation = QuantSpec(scheme.activation, symmetric)
+    entries = {a.value.name or "": activation for a in part.activations}
+    stored: Counter[str] = Counter()
+    covered: Counter[str] = Counter()
+    seen: set[tuple[str, QuantSpec]] = set()
+    for item in part.weighted:
+        weight = item.node.inputs[1].name or ""  # type: ignore[union-attr]
+        entries.setdefault(weight, item.spec)
+        covered[weight] += 1
+        stored[weight] += (weight, item.spec) not in seen
+        seen.add((weight, item.spec))
+        if item.has_bias:
+            bias = item.node.inputs[2].name or ""  # type: ignore[union-attr]
+            channels = not isinstance(item.spec.granularity, PerTensor)
+            granularity = PerChannel(0) if channels else PerTensor()
+            entries[bias] = dataclasses.replace(_BIAS, granularity=granularity)
+            covered[bias] += 1
+            stored[bias] += 1
+    for node, index in part.constants:
+        name = node.inputs[index].name or ""  # type: ignore[union-attr]
+        entries.setdefault(name, dataclasses.replace(activation, symmetric=False))
+        covered[name] += 1
+        stored[name] = 1
+    values = _by_name(part.weighted, part.constants)
+    return QuantPlan(
+        label=f"int8 {scheme}",
+        entries=entries,
+        nodes=tuple(node.name or node.outputs[0].name or "" for node in part.nodes),
+        copies={name: count for name, count in stored.items() if count > 1}
+        | dict.fromkeys(_orphans(part.activations), 0),
+        kept=frozenset(
+            name
+            for name, value in values.items()
+            if len(value.uses()) > covered[name] or value.is_graph_output()
+        ),
+        notes=part.notes,
+    )
+
+
+def _by_name(
+    weighted: Iterable[Weighted], constants: Iterable[tuple[ir.Node, int]]
+) -> dict[str, ir.Value]:
+    values = [v for item in weighted for v in item.node.inputs[1:3] if v is not None]
+    values += [v for node, i in constants if (v := node.inputs[i]) is not None]
+    return {value.name or "": value for value in values}
 
 
 # --- questions about one node ------------------------------------------------------------------

@@ -14,7 +14,15 @@ import numpy as np
 import onnx_ir as ir
 
 from ...ir.edit import Editor
-from ...ir.graph import AbsentTensor, constant_tensor, fresh_name, is_absent
+from ...ir.graph import (
+    AbsentTensor,
+    add_initializer,
+    constant_tensor,
+    fresh_name,
+    graph_tree,
+    index_names,
+    is_absent,
+)
 from ...ir.quant import PerBlock, PerChannel, PerTensor, QuantSpec, data_inputs
 from .numbers import (
     Affine,
@@ -42,6 +50,7 @@ def write_qdq(
 
     `ranges` is by the name of each of `layout.sources`; None writes absent tensors.
     """
+    index_names(model)
     _Writer(model, layout, ranges).write()
 
 
@@ -49,7 +58,7 @@ class _Writer:
     def __init__(
         self, model: ir.Model, layout: Int8Layout, ranges: Mapping[str, Range] | None
     ) -> None:
-        self.graph = model.graph
+        self.model = model
         self.layout = layout
         self.editor = Editor()
         self.activation_spec = QuantSpec(
@@ -94,14 +103,14 @@ class _Writer:
                 found[key] = raise_for_bias(found[key], _array(bias), scale)
         return found
 
-    def _readers(self) -> dict[ir.Value, list[tuple[ir.Node, int]]]:
-        """The integer nodes that read each value as data, in graph order."""
-        found: dict[ir.Value, list[tuple[ir.Node, int]]] = {}
+    def _readers(self) -> dict[tuple[object, ir.Value], list[tuple[ir.Node, int]]]:
+        """The integer nodes of each graph that read each value as data, in graph order."""
+        found: dict[tuple[object, ir.Value], list[tuple[ir.Node, int]]] = {}
         for node in self.layout.nodes:
             for index in data_inputs(node):
                 value = node.inputs[index]
                 if value is not None:
-                    found.setdefault(value, []).append((node, index))
+                    found.setdefault((node.graph, value), []).append((node, index))
         return found
 
     # --- writing -------------------------------------------------------------------------------
@@ -117,11 +126,16 @@ class _Writer:
             assert value is not None
             replaced[value] = None
             self._write_constant(node, index, value)
-        for activation in self.layout.activations:
+        for activation in self._inner_first():
             self._write_pair(activation)
         for value in replaced:
             drop_unused_constant(value)
         lower_members(self.editor, self.layout.nodes, self.activation_spec.dtype)
+
+    def _inner_first(self) -> list[Activation]:
+        """A pair of an outer graph takes over the readers that a branch's pair is one of."""
+        place = {graph: i for i, graph in enumerate(graph_tree(self.model.graph))}
+        return sorted(self.layout.activations, key=lambda a: -place[a.graph])
 
     def _write_weight(self, item: Weighted) -> None:
         weight = item.node.inputs[1]
@@ -182,7 +196,7 @@ class _Writer:
     def _write_pair(self, item: Activation) -> None:
         """Q and DQ behind the value's maker, or before its first integer reader."""
         value, affine = item.value, self.affines.get(item.value)
-        readers = self.readers.get(value, [])
+        readers = self.readers.get((item.graph, value), [])
         if item.absorbed is not None:
             before = item.absorbed.inputs[0]
             assert before is not None
@@ -214,16 +228,17 @@ class _Writer:
             self.editor.insert_before(anchor, quantized)
             self.editor.insert_before(anchor, result)
         for node in (quantized, result):
-            _name(node, self.graph, node.outputs[0].name or "")
+            _name(node, item.graph, node.outputs[0].name or "")
         for user, index in users:
             user.replace_input_with(index, result.outputs[0])
         if item.everywhere and value.is_graph_output():
-            self._take_over_output(value, result.outputs[0])
+            self._take_over_output(item.graph, value, result.outputs[0])
 
-    def _take_over_output(self, value: ir.Value, carrier: ir.Value) -> None:
-        for slot, output in enumerate(self.graph.outputs):
+    @staticmethod
+    def _take_over_output(graph: ir.Graph, value: ir.Value, carrier: ir.Value) -> None:
+        for slot, output in enumerate(graph.outputs):
             if output is value:
-                self.graph.outputs[slot] = carrier
+                graph.outputs[slot] = carrier
         name = value.name
         value.name, carrier.name = carrier.name, None
         carrier.name = name
@@ -235,11 +250,14 @@ class _Writer:
 def store(
     editor: Editor, anchor: ir.Node, value: ir.Value, spec: QuantSpec, affine: Affine | None
 ) -> Stored:
-    """Initializers for a constant's integers, scales and zero points; absent without `affine`."""
+    """Initializers for a constant's integers, scales and zero points; absent without `affine`.
+
+    They join the graph that holds the constant: readers inside several branches share them.
+    """
     tensor = constant_tensor(value)
     assert tensor is not None
     shape = tuple(int(d) for d in tensor.shape.numpy())
-    base = value.name or "weight"
+    base, home = value.name or "weight", home_of(value, anchor)
     integers: ir.TensorProtocol | np.ndarray
     if affine is None:
         parameters = spec.parameter_shape(shape)
@@ -251,11 +269,21 @@ def store(
         scale = affine.scale
         zero_point = pack(affine.zero_point, spec.dtype)
     suffix = spec.dtype.name.lower()
+    editor.modified = True
     return (
-        editor.initializer(anchor, f"{base}/{suffix}", integers),
-        editor.initializer(anchor, f"{base}/scale", scale),
-        editor.initializer(anchor, f"{base}/zero_point", zero_point) if spec.zero_points else None,
+        add_initializer(home, f"{base}/{suffix}", integers),
+        add_initializer(home, f"{base}/scale", scale),
+        add_initializer(home, f"{base}/zero_point", zero_point) if spec.zero_points else None,
     )
+
+
+def home_of(constant: ir.Value, reader: ir.Node) -> ir.Graph:
+    """The graph that holds a constant, which for a node in a branch may be an outer one."""
+    maker = constant.producer()
+    graph = constant.graph if maker is None else maker.graph
+    home = graph or reader.graph
+    assert isinstance(home, ir.Graph)
+    return home
 
 
 def dequantize(
