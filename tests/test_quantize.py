@@ -526,7 +526,7 @@ def test_nodes_in_subgraphs_are_planned():
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
     model = load_model(proto)
     plan = StaticInt8().plan(model, Context())
-    assert [name.split("_")[-1] for name in plan.nodes] == ["MatMul", "MatMul"]
+    assert plan.nodes == ("m", "o")
     assert {"x", "h"} <= set(plan.entries)
 
 

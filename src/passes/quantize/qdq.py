@@ -24,6 +24,7 @@ from ...ir.graph import (
     is_absent,
 )
 from ...ir.quant import PerBlock, PerChannel, PerTensor, QuantSpec, data_inputs
+from .lowered import lower_members
 from .numbers import (
     Affine,
     Range,
@@ -33,7 +34,6 @@ from .numbers import (
     raise_for_bias,
     weight_affine,
 )
-from .lowered import lower_members
 from .plan import Activation, Int8Layout, Weighted, is_gate_result
 
 Stored = tuple[ir.Value, ir.Value, ir.Value | None]
