@@ -6,6 +6,7 @@ Here: `sweep_table`, `sweep_text`, `plot_sweep`. Not here: what is in them (`row
 from __future__ import annotations
 
 import io
+import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +81,11 @@ def _headings(result: SweepResult, metrics: list[str]) -> list[str]:
 def _lines(result: SweepResult, metrics: list[str]) -> list[dict[str, str]]:
     lines = []
     if result.original is not None:
-        lines.append({"recipe": "(original)", **_evaluated(result.original, metrics)})
+        cells = {"recipe": "(original)", **_evaluated(result.original, metrics)}
+        times = [row.timing.original_ms for row in result.rows if row.timing is not None]
+        if times:
+            cells |= {"measured": f"{format_ms(statistics.median(times))} ms", "of original": "1"}
+        lines.append(cells)
     for row in result.rows:
         cells = {"": "*" if row.front else "", "recipe": row.name, "verdict": row.verdict}
         if row.file_bytes is not None:

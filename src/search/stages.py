@@ -48,7 +48,8 @@ COMPILED = "compiled"
 EVALUATED = "evaluated"
 TIMED = "timed"
 _OUTPUTS = "outputs"
-_CANDIDATE = "candidate"
+CANDIDATE = "@candidate"
+"""What every candidate is called in a report that is kept; recipes have names of their own."""
 _PASSING = (MissingDependencyError, PluginError, UnknownPassError, PassOptionError, MemoryError)
 """Failures that may be gone next time, and cost nothing to meet again: not kept."""
 
@@ -207,7 +208,7 @@ class Bench:
         candidate = load(made.artifact)
         try:
             report = self.evaluation.run(
-                self.remembered(), {_CANDIDATE: candidate}, progress=progress
+                self.remembered(), {CANDIDATE: candidate}, progress=progress
             )
         finally:
             candidate.close()

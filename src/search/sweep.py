@@ -35,7 +35,7 @@ from .pareto import front
 from .recipes import PTQ, Plan, Recipe, as_recipes, model_facts, ptq_recipes
 from .result import SweepResult
 from .rows import Row, stored_cost
-from .stages import Bench, Made
+from .stages import CANDIDATE, Bench, Made
 from .timing import Timing, groups, measured_here
 
 ProgressCall = Callable[[int, int, str], None]
@@ -214,7 +214,7 @@ class _Job:
         self.rungs[recipe.name] = dataclasses.replace(
             report.candidates[0], name=recipe.name, bytes=made.data["file_bytes"]
         )
-        self.notes += report.notes
+        self.notes += [note.replace(CANDIDATE, recipe.name) for note in report.notes]
 
     def _require_original(self) -> None:
         """Raises what is wrong with the evaluation itself, rather than blame a candidate for it."""
