@@ -52,7 +52,7 @@ def test_a_lossless_pass_keeps_everything(name, proto, flag):
     probe = Probe(feed_for(proto, flag))
     before = probe.run(model)
     signature = interface(model.graph.inputs), interface(model.graph.outputs)
-    context = Context(target=get_target("x86_64"))
+    context = Context(target=get_target("x86_64"), calibration=[feed_for(proto, flag)])
 
     result = PASSES[name]().run(model, context)
 

@@ -195,7 +195,7 @@ def gram(
     # nodes that read the same value the same way (q, k, v) share one set of sums
     shared: dict[tuple[object, ...], list[LinearLayer]] = {}
     for layer in layers:
-        shared.setdefault(_rows_key(layer), []).append(layer)
+        shared.setdefault(layer.rows_key, []).append(layer)
     for arrays in iterate(model, [layer.data for layer in layers], samples, progress):
         for first, *_ in shared.values():
             found[first.node].add(arrays[first.data.name or ""], limit)
@@ -232,14 +232,6 @@ def grams_in_turn(
         if node is not None:
             batch.append(node)
             size += need
-
-
-def _rows_key(layer: LinearLayer) -> tuple[object, ...]:
-    if layer.node.op_type != "Conv":
-        return layer.data, "rows", layer.shape[1]
-    attributes = sorted((k, str(a.value)) for k, a in layer.node.attributes.items())
-    assert layer.weight.shape is not None
-    return layer.data, tuple(layer.weight.shape.numpy()[1:]), *attributes
 
 
 # --- channels ----------------------------------------------------------------------------------
@@ -284,12 +276,13 @@ def channel_stats(
     found: dict[ir.Value, ChannelStats] = {}
     for arrays in iterate(model, axes, samples, progress):
         for value, axis in axes.items():
-            seen = _stats(arrays[value.name or ""], axis)
+            seen = stats_of(arrays[value.name or ""], axis)
             found[value] = found[value].union(seen) if value in found else seen
     return found
 
 
-def _stats(array: np.ndarray, axis: int) -> ChannelStats:
+def stats_of(array: np.ndarray, axis: int) -> ChannelStats:
+    """Statistics of one array along its channel axis."""
     rows = np.moveaxis(array, axis, -1).reshape(-1, array.shape[axis])
     return ChannelStats(
         rows.min(axis=0, initial=0.0).astype(np.float64),

@@ -48,6 +48,15 @@ class LinearLayer:
         size, out = reversed(dims) if self._transposed else dims
         return 1, size, out
 
+    @property
+    def rows_key(self) -> tuple[object, ...]:
+        """Equal for layers that read the same rows (q, k, v of one activation)."""
+        if self.node.op_type != "Conv":
+            return self.data, self.shape[1]
+        attributes = sorted((k, str(a.value)) for k, a in self.node.attributes.items())
+        assert self.weight.shape is not None
+        return self.data, tuple(self.weight.shape.numpy()[1:]), *attributes
+
     # --- the weight ----------------------------------------------------------------------------
 
     def matrix(self, weight: np.ndarray) -> np.ndarray:

@@ -119,6 +119,14 @@ def quantize(array: np.ndarray, affine: Affine, spec: QuantSpec) -> np.ndarray:
     return stored
 
 
+def round_trip(array: np.ndarray, affine: Affine, spec: QuantSpec) -> np.ndarray:
+    """What is left of an array after it has been stored: float32."""
+    integers = quantize(array, affine, spec).astype(np.float32)
+    integers -= _spread(affine.zero_point.astype(np.float32), array.shape, spec)
+    integers *= _spread(affine.scale, array.shape, spec)
+    return integers
+
+
 def quantize_bias(bias: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """int32 of a flattened bias for scales of shape () or (channels,)."""
     integers = np.rint(bias.reshape(-1).astype(np.float64) / scale.astype(np.float64))
