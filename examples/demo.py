@@ -58,7 +58,8 @@ def main() -> None:
     console.print(result.table())
     for name, rung in ((rung.name, rung) for rung in result.rungs[1:]):
         size = sum(file.stat().st_size for file in (folder / name).glob("model.*"))
-        console.print(f"host      {name:8} {size:9,} bytes  accuracy {rung.accuracy:.4f}")
+        accuracy = rung.metrics["accuracy"].value.value
+        console.print(f"host      {name:8} {size:9,} bytes  accuracy {accuracy:.4f}")
     emulated(folder, test, labels)
     console.print(f"\nArtifacts are in {folder}; try: edgepass run {folder}/int8 --emulate arm64")
 

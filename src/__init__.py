@@ -30,8 +30,10 @@ if TYPE_CHECKING:
     from .cost.budget import Budget as Budget
     from .cost.profile import Profile as Profile
     from .errors import EdgepassError as EdgepassError
-    from .evaluation.ladder import Evaluation as Evaluation
-    from .evaluation.ladder import evaluate as evaluate
+    from .evaluation.evaluation import Evaluation as Evaluation
+    from .evaluation.evaluation import evaluate as evaluate
+    from .evaluation.metrics import PerSample as PerSample
+    from .evaluation.report import Report as Report
     from .ir.match import any_of as any_of
     from .ir.match import const as const
     from .ir.match import op as op
@@ -71,8 +73,10 @@ _HOMES = {
     "load": ("artifact", "load"),
     "Compiled": ("compiled", "Compiled"),
     "EdgepassError": ("errors", "EdgepassError"),
-    "Evaluation": ("evaluation.ladder", "Evaluation"),
-    "evaluate": ("evaluation.ladder", "evaluate"),
+    "Evaluation": ("evaluation.evaluation", "Evaluation"),
+    "evaluate": ("evaluation.evaluation", "evaluate"),
+    "PerSample": ("evaluation.metrics", "PerSample"),
+    "Report": ("evaluation.report", "Report"),
     "any_of": ("ir.match", "any_of"),
     "const": ("ir.match", "const"),
     "op": ("ir.match", "op"),

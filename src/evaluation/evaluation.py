@@ -26,9 +26,9 @@ class Evaluation:
         mapping from input to stack of samples; an `.npz` path; a folder. Read lazily, one sample
         at a time; an iterator that can be read only once can be evaluated only once.
     `labels`: one a sample, where `data` does not bring them along.
-    `metrics`: name -> `metric(predictions, labels) -> float`: a function, a scikit-learn function or
-        torchmetrics object as it is, a built-in name (`"accuracy"`), or `PerSample`. A sequence of
-        built-in names is enough too.
+    `metrics`: name -> `metric(predictions, labels) -> float`: a function, one of scikit-learn or
+        a torchmetrics object as it is, a built-in name (`"accuracy"`), or `PerSample`. A sequence
+        of built-in names is enough too.
     `slices`: name -> `callable(feed, label, index) -> value`, one value a sample, or the name of a
         further entry of the data. Numbers of many values are binned into `bins` quantiles.
     `limits`: metric -> allowed change from the original, whose sign says the direction (`-0.003`:
@@ -41,6 +41,10 @@ class Evaluation:
     `logits`: True softmaxes the outputs before the calibration error is computed.
     `carry`: for stateful models, output -> input: what a step gives the next; a sample is then a
         sequence of feeds, or a feed of sequences. `step(run, sample) -> outputs` does it by hand.
+    `batched`: items of `data` are batches of samples (a DataLoader's are, unless this says False).
+    `join`: labels and predictions of a sample are sequences of rows, which metrics see end to end;
+        found out where not given (ragged lengths, stateful models). Samples are still resampled
+        whole.
     `resamples`, `confidence`, `interval` ("percentile" or "bca"), `seed`: of the bootstrap.
     """
 
@@ -57,6 +61,8 @@ class Evaluation:
     logits: bool = False
     step: Callable[..., Any] | None = None
     carry: Mapping[str, str] | None = None
+    batched: bool | None = None
+    join: bool | None = None
     bins: int = 4
     resamples: int = 1000
     confidence: float = 0.95
@@ -90,9 +96,7 @@ class Evaluation:
         from .observe import observe
 
         if ORIGINAL in candidates:
-            raise UsageError(
-                f"No candidate can be called {ORIGINAL!r}", fix="give it another name"
-            )
+            raise UsageError(f"No candidate can be called {ORIGINAL!r}", fix="give it another name")
         models = {ORIGINAL: original, **candidates}
         runners = {name: as_runner(model) for name, model in models.items()}
         seen = observe(self, runners, progress)

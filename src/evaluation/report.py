@@ -56,7 +56,8 @@ class SliceResult:
 
     `p_value` is of the one-sided paired permutation test that the model is no worse than the
     original there; `adjusted` is it after Holm's correction over all slices and metrics of the
-    model; `harmed` says that `adjusted` is at most 1 - confidence. None where it was not tested.
+    model. None where it was not tested. `harmed` says that `adjusted` is at most 1 - confidence,
+    and that this does not come from the samples of other harmed slices, which `explained_by` names.
     """
 
     slice: str
@@ -69,6 +70,7 @@ class SliceResult:
     p_value: float | None = None
     adjusted: float | None = None
     harmed: bool = False
+    explained_by: str = ""
 
     @property
     def name(self) -> str:

@@ -1,6 +1,6 @@
 """Anything that computes outputs from a feed, as a runner.
 
-Here: `Runner`, `as_runner`, `Remembered`. Not here: samples (`data`), what outputs mean (`judging`).
+Here: `Runner`, `as_runner`, `Remembered`. Not here: samples (`data`), states (`stateful`).
 """
 
 from __future__ import annotations
@@ -133,8 +133,9 @@ class _Call:
 class Remembered:
     """A runner that runs no feed twice: outputs are kept by the content of the feed.
 
-    In memory, or with `folder` on disk, where another process finds them again; the folder must then
-    be of this one model. Made for the original of a sweep, which every candidate is held against.
+    In memory, or with `folder` on disk, where another process finds them again; the folder must
+    then be of this one model. Made for the original of a sweep, which every candidate is held
+    against.
     """
 
     def __init__(self, runner: Runner, folder: str | Path | None = None) -> None:
