@@ -1,29 +1,58 @@
 """Ranges of values over calibration samples, in memory that does not grow with the samples.
 
-Here: `observe`, which runs a copy of the graph that gives least and greatest of each value, and
-folds the samples one at a time. Not here: what to observe (`plan`), scales from ranges (`numbers`).
+Here: `observe`, which folds what each sample makes of each value, wherever in the model it is. Not
+here: what to observe (`plan`), running the model (`seeing`), how a range is made of what was seen
+(`observers`), scales from ranges (`numbers`).
 """
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
-from ...errors import CalibrationError, EdgepassError, UsageError
-from ...ir.graph import add_initializer, describe_node, fresh_name, index_names
+from ...errors import CalibrationError, UsageError
+from ...ir.graph import describe_node
 from ...targets.feed import check_feed, input_specs
-from ...targets.onnxruntime import OrtRunner
 from ..base import Feed
+from .coverage import Coverage, batch_rows
 from .numbers import Range
+from .observers import Accumulator, MinMax, Observer, ObserverOptions
+from .seeing import Elements, Seen, Source, Summaries
+from .watch import same_names
+
+__all__ = ["Observer", "ObserverOptions", "Ranges", "observe"]
+
+NOT_TAKEN = "no calibration sample computed it"
+_NAMED = 3
 
 
-class Observer(enum.StrEnum):
-    """How a range is made of the values seen."""
+class Ranges(dict[str, Range]):
+    """Ranges by the name of the value.
 
-    MINMAX = "minmax"
+    Branches beside each other may use one name for two values: then the range here holds both, and
+    `by_value` has each. `unseen` says why a value has no range (it is in a branch that no sample
+    took). `notes` are lines for the ledger, `samples` how many there were.
+    """
+
+    def __init__(
+        self,
+        by_value: Mapping[ir.Value, Range],
+        unseen: Mapping[ir.Value, str],
+        notes: Sequence[str],
+        samples: int,
+    ) -> None:
+        for name, values in same_names(by_value).items():
+            first, *others = (by_value[value] for value in values)
+            for other in others:
+                first = first.union(other)
+            self[name] = first
+        self.by_value = dict(by_value)
+        self.unseen = dict(unseen)
+        self.notes = tuple(notes)
+        self.samples = samples
 
 
 def observe(
@@ -31,12 +60,15 @@ def observe(
     values: Sequence[ir.Value],
     samples: Sequence[Feed] | None,
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
-) -> dict[str, Range]:
-    """The range of each value (float32, of the main graph) over all samples, by name.
+    options: ObserverOptions | None = None,
+) -> Ranges:
+    """The range of each value over all samples, by name.
 
-    The reductions happen inside the graph, so memory is that of one inference, as long as `values`
-    are in graph order. Least and greatest
-    are associative: the order of samples does not matter.
+    Values are of the main graph or of any subgraph (branches, bodies of loops), best in graph
+    order. The samples are gone through once, one at a time. Least and greatest are taken inside the
+    graph, so that memory is that of one inference; observers that count elements hold a group of
+    values more (`seeing.GROUP_BYTES`) and a histogram each. No result depends on the order of the
+    samples.
 
     Raises:
         UsageError: there is no calibration data.
@@ -50,51 +82,80 @@ def observe(
             fix="give `calibration=`, some tens of samples, each a dict from input name to array; "
             "or use int8_dynamic or weight_only, which need none",
         )
-    if len(samples) == 0:
+    options = options or ObserverOptions()
+    values = list(dict.fromkeys(values))
+    specs, optional = input_specs(model), list(model.graph.initializers)
+    coverage = Coverage()
+    accumulators: dict[ir.Value, Accumulator] = {}
+    plain: set[ir.Value] = set()
+    counting = Observer(options.observer).needs_values
+    source: Source = Elements(model, values) if counting else Summaries(model, values)
+    with contextlib.closing(source):
+        for i, sample in enumerate(samples):
+            progress(i, _total(samples, i), "calibrating")
+            where = f"calibration sample {i}"
+            check_feed(specs, sample, where=where, optional=optional, finite=True)
+            half = coverage.start(sample, batch_rows(sample, model.graph.inputs))
+            for seen in source.see(sample, where):
+                if not seen.finite:
+                    raise _not_finite(seen, i)
+                if seen.value not in accumulators:
+                    whole = counting and seen.elements is None
+                    accumulators[seen.value] = MinMax() if whole else options.accumulator()
+                    plain |= {seen.value} if whole else set()
+                found = Range(seen.low, seen.high)
+                accumulators[seen.value].add(found, seen.elements)
+                coverage.add(seen.value, half, found)
+    if not coverage.samples:
         raise CalibrationError(
             "The calibration data is empty",
             where="pass 'int8'",
             fix="give at least one sample; some tens of them cover the usual range",
         )
-    specs = input_specs(model)
-    optional = list(model.graph.initializers)
-    watched, outputs = _watch(model, [v.name or "" for v in values])
-    ranges: dict[str, Range] = {}
-    with OrtRunner(watched, optimize=False) as runner:
-        for i, sample in enumerate(samples):
-            progress(i, len(samples), "calibrating")
-            where = f"calibration sample {i}"
-            check_feed(specs, sample, where=where, optional=optional, finite=True)
-            found = _run(runner, sample, list(outputs.values()), where)
-            for value in values:
-                name = value.name or ""
-                low, high, finite = (float(x) for x in found[outputs[name]])
-                if not np.isfinite((low, high, finite)).all():
-                    raise _not_finite(value, i, low, high)
-                seen = Range(low, high)
-                ranges[name] = ranges[name].union(seen) if name in ranges else seen
-    progress(len(samples), len(samples), "calibrating")
-    return ranges
+    progress(coverage.samples, coverage.samples, "calibrating")
+    ranges = {value: accumulators[value].range() for value in values if value in accumulators}
+    unseen = {v: source.unseen.get(v, NOT_TAKEN) for v in values if v not in ranges}
+    for value in unseen:
+        if value.graph is model.graph:  # it was computed, and had no elements
+            ranges[value] = Range(0.0, 0.0)
+    unseen = {value: why for value, why in unseen.items() if value not in ranges}
+    notes = (*coverage.notes(), *_notes(unseen, plain))
+    return Ranges(ranges, unseen, notes, coverage.samples)
 
 
-def _run(
-    runner: OrtRunner, sample: Mapping[str, np.ndarray], outputs: list[str], where: str
-) -> dict[str, np.ndarray]:
-    try:
-        return runner.run(sample, outputs)
-    except EdgepassError as error:
-        diagnostic = error.diagnostic
-        raise CalibrationError(
-            f"The model fails on a calibration sample: {diagnostic.what}",
-            where=f"{where}; {diagnostic.where}".rstrip("; "),
-            why=diagnostic.why,
-            fix="drop the sample, or repair its shapes",
-        ) from error
+def _total(samples: Sequence[Feed], done: int) -> int:
+    """How many samples there are, or one more than are done where only going through them says."""
+    known: int | None = getattr(samples, "known_length", -1)
+    if known == -1:
+        known = len(samples)
+    return done + 1 if known is None else known
 
 
-def _not_finite(value: ir.Value, sample: int, low: float, high: float) -> CalibrationError:
+def _notes(unseen: Mapping[ir.Value, str], plain: set[ir.Value]) -> tuple[str, ...]:
+    notes = []
+    if unseen:
+        reasons = sorted(set(unseen.values()))
+        names = _names(value.name or "" for value in unseen)
+        notes.append(f"no range for {len(unseen)} values ({'; '.join(reasons)}): {names}")
+    if plain:
+        names = _names(sorted(value.name or "" for value in plain))
+        notes.append(
+            f"least and greatest value taken for {len(plain)} values, whose number of elements "
+            f"differs between the rounds of a loop: {names}"
+        )
+    return tuple(notes)
+
+
+def _names(names: Iterable[str]) -> str:
+    listed = list(names)
+    more = f" and {len(listed) - _NAMED} more" if len(listed) > _NAMED else ""
+    return ", ".join(repr(name) for name in listed[:_NAMED]) + more
+
+
+def _not_finite(seen: Seen, sample: int) -> CalibrationError:
+    value = seen.value
     maker = value.producer()
-    infinite = np.isinf(low) or np.isinf(high)
+    infinite = np.isinf(seen.low) or np.isinf(seen.high)
     return CalibrationError(
         f"The tensor {value.name!r} is {'infinite' if infinite else 'NaN'} on a calibration sample",
         where=f"calibration sample {sample}"
@@ -103,44 +164,3 @@ def _not_finite(value: ir.Value, sample: int, low: float, high: float) -> Calibr
         fix="drop the sample if its input is bad; else the float model overflows there already, or "
         "leave the node out with int8{exclude=[...]}",
     )
-
-
-def _watch(model: ir.Model, names: Sequence[str]) -> tuple[ir.Model, dict[str, str]]:
-    """A copy of the model with one more output a value: [least, greatest, 0 if all finite].
-
-    Least and greatest alone would miss a NaN: how a kernel compares it is not defined. The sum of
-    x * 0 is NaN as soon as one element is NaN or infinite.
-    """
-    copy = model.clone()
-    index_names(copy)
-    graph = copy.graph
-    by_name = {v.name: v for v in graph.inputs}
-    by_name.update((v.name, v) for node in graph for v in node.outputs)
-    zero = add_initializer(graph, "observe/zero", np.zeros((), np.float32))
-    flat = add_initializer(graph, "observe/flat", np.array([-1], np.int64))
-    outputs = {}
-    # ONNX Runtime 1.32 runs depth first from the last node without readers: the first value must
-    # come last, or every value is computed before the first is reduced and let go. Measured on a
-    # text detector, 163 values: 352 MB so, 1,190 MB in graph order, 338 MB without reductions.
-    for name in reversed(names):
-        value = by_name[name]
-
-        def make(op: str, *inputs: ir.Value, _base: str = name, **attributes: int) -> ir.Value:
-            node = ir.Node(
-                "", op, inputs, ir.convenience.convert_attributes(attributes), num_outputs=1
-            )
-            node.outputs[0].name = fresh_name(graph, f"{_base}/observe/{op}")
-            graph.append(node)
-            return node.outputs[0]
-
-        parts = [
-            make("ReduceMin", value, keepdims=0),
-            make("ReduceMax", value, keepdims=0),
-            make("ReduceSum", make("Mul", value, zero), keepdims=0),
-        ]
-        result = make("Concat", *(make("Reshape", part, flat) for part in parts), axis=0)
-        result.dtype = ir.DataType.FLOAT
-        result.shape = ir.Shape([3])
-        outputs[name] = result.name or ""
-        graph.outputs.append(result)
-    return copy, outputs
