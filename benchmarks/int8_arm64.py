@@ -160,7 +160,7 @@ def output_steps(file: Path) -> dict[str, float | None]:
     """The scale of the pair that each output comes out of; None where it comes from none."""
     graph = onnx.load(file).graph
     scales = {
-        t.name: float(onnx.numpy_helper.to_array(t))
+        t.name: float(onnx.numpy_helper.to_array(t).item())
         for t in graph.initializer
         if t.data_type == onnx.TensorProto.FLOAT and np.prod(t.dims, dtype=int) == 1
     }

@@ -105,8 +105,27 @@ def quantize(name: str, model: Path, out: Path, calibration: Sequence[Feed]) -> 
         Exception: whatever the peer raises.
     """
     with tempfile.TemporaryDirectory() as folder, quiet():
-        prepared = Path(folder) / "prepared.onnx"
+        source, prepared = Path(folder) / "source.onnx", Path(folder) / "prepared.onnx"
+        if "per-channel" in name:
+            model = _with_axes(model, source)
         PEERS[name](_preprocess(model, prepared), out, calibration)
+
+
+_AXES = 13
+"""The opset from which DequantizeLinear has an axis, which scales per channel need."""
+
+
+def _with_axes(model: Path, out: Path) -> Path:
+    """The model in an opset that has scales per channel, as the quantizer's log advises."""
+    import onnx
+    from onnx import version_converter
+
+    loaded = onnx.load(model)
+    versions = [entry.version for entry in loaded.opset_import if entry.domain in ("", "ai.onnx")]
+    if versions[0] >= _AXES:
+        return model
+    onnx.save(version_converter.convert_version(loaded, 17), out)
+    return out
 
 
 def _preprocess(model: Path, out: Path) -> Path:
