@@ -17,10 +17,14 @@ from .numbers import Range
 
 FEW = 16
 """Fewer samples than that are noted."""
-EXCESS = 0.5
+EXCESS = 0.25
 """By how much a half's range may be wider than the other's, as a share of that one's width."""
-SHARE = 0.2
-"""The share of the tensors over which that may be so."""
+SHARE = 0.3
+"""The share of the tensors over which that may be so.
+
+Measured, 32 samples, 6 to 20 draws each: at most 0 % of a digits CNN's tensors, 15 % of a text
+recognizer's, 13 % of a file type detector's but for one draw (42 %: one file set a third of them).
+"""
 _NAMED = 3
 
 

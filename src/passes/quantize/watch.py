@@ -48,7 +48,8 @@ _NOTHING = np.array([-math.inf, -math.inf, 0, 0], np.float32)
 class Watch:
     """A copy of a model, `model`, and the names of the outputs it has for values, `outputs`.
 
-    `unseen` says why a value has none. `only`: the copy gives these outputs alone, and has no node that they do not need.
+    `unseen` says why a value has none. `only`: the copy gives these outputs alone, and has no node
+    that they do not need.
     """
 
     def __init__(
