@@ -186,3 +186,10 @@ class ProfileError(EdgepassError):
 
     code = "profile"
     exit_code = 28
+
+
+class RegressionError(EdgepassError):
+    """A candidate is not within the limits that an evaluation was given."""
+
+    code = "regression"
+    exit_code = 29

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from . import build, estimating, look, optimizing
+from . import build, estimating, evaluating, look, optimizing
 
 app = typer.Typer(
     name="edgepass",
@@ -46,6 +46,7 @@ for command in (
     estimating.calibrate,
     estimating.profiles,
     build.run,
+    evaluating.evaluate,
     look.targets,
     look.passes,
     look.show,

@@ -18,8 +18,13 @@ from ..errors import Diagnostic
 
 def print_json(data: Any) -> None:
     """One JSON document on stdout. NaN and infinity, which JSON lacks, become null."""
-    sys.stdout.write(json.dumps(_plain(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    sys.stdout.write(json_text(data))
     sys.stdout.flush()
+
+
+def json_text(data: Any) -> str:
+    """The document that `print_json` prints."""
+    return json.dumps(_plain(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _plain(data: Any) -> Any:

@@ -62,7 +62,7 @@ def _leave_out(units: int, seed: int) -> np.ndarray:
     """Counts of the jackknife: each unit left out in turn, or one of 200 random blocks."""
     blocks = min(units, _JACKKNIFE)
     block = np.random.default_rng(seed).permutation(units) % blocks
-    return (block[None, :] != np.arange(blocks)[:, None]).astype(np.int64)
+    return np.asarray(block[None, :] != np.arange(blocks)[:, None], np.int64)
 
 
 def _bare(point: Mapping[str, float], name: str) -> tuple[Estimate, Estimate | None]:

@@ -20,7 +20,16 @@ from .metrics import Decided, Metric, PerSample, Whole, as_decisions, is_probabi
 def auc(predictions: Any, labels: Any) -> float:
     """Area under the ROC curve, ties counted half (Mann-Whitney); over several classes, the mean
     of each against the rest."""
-    return float(weighted_auc(predictions, labels, np.ones((1, len(labels))))[0])
+    return float(_over_classes(predictions, labels, np.ones((1, len(labels))), _plain_auc)[0])
+
+
+def _plain_auc(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Without weights: how many negatives are below each positive."""
+    hits, others = scores[positive], np.sort(scores[~positive])
+    if not len(hits) or not len(others) or np.isnan(scores).any():
+        return np.array([np.nan])
+    wins = np.searchsorted(others, hits) + np.searchsorted(others, hits, side="right")
+    return np.array([wins.sum() / (2 * len(hits) * len(others))])
 
 
 def weighted_auc(predictions: Any, labels: Any, weights: np.ndarray) -> np.ndarray:

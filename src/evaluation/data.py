@@ -67,7 +67,7 @@ class _Labels:
 
     def __init__(self, labels: Any) -> None:
         self._name = labels if isinstance(labels, str) else None
-        self._sequence = None if self._name is not None else labels
+        self._sequence: Any = None if self._name is not None else labels
         self._iterator = None
         if labels is not None and self._name is None and not hasattr(labels, "__getitem__"):
             self._iterator = iter(labels)
@@ -86,17 +86,16 @@ class _Labels:
         if self._sequence is None:
             return own
         if index >= len(self._sequence):
-            raise self._misfit(f"more than {index} samples")
+            raise self._misfit(f"More than {index} samples", len(self._sequence))
         return to_numpy(self._sequence[index])
 
     def check(self, count: int) -> None:
-        known = self._sequence is not None and hasattr(self._sequence, "__len__")
-        if known and len(self._sequence) != count:
-            raise self._misfit(f"{count} samples")
+        if hasattr(self._sequence, "__len__") and len(self._sequence) != count:
+            raise self._misfit(f"{count} samples", len(self._sequence))
 
-    def _misfit(self, samples: str) -> UsageError:
+    def _misfit(self, samples: str, labels: int) -> UsageError:
         return UsageError(
-            f"{samples} and {len(self._sequence)} labels can't be evaluated",
+            f"{samples} and {labels} labels can't be evaluated",
             why="each sample needs its label",
             fix="give as many labels as samples, and at least one",
         )
@@ -232,7 +231,7 @@ def _is_free(shape: tuple[Any, ...] | None) -> bool:
 
 
 def _entry(value: Any, index: int, size: int) -> Any:
-    is_stack = isinstance(value, list | tuple | np.ndarray) and np.ndim(value) != 0  # type: ignore[arg-type]
+    is_stack = isinstance(value, list | tuple | np.ndarray) and np.ndim(value) != 0
     return to_numpy(value[index]) if is_stack and len(value) == size else value
 
 
@@ -243,7 +242,7 @@ def _unstacked(stacks: Mapping[str, Any], inputs: Inputs, labels_apart: bool) ->
     feeds, label, extra = _named_parts(stacks, inputs)
     if inputs is None and isinstance(feeds, dict):
         extra = {name: value for name, value in extra.items() if name in LABEL_NAMES} | feeds
-        parts = {name: list(array) for name, array in feeds.items()}
+        parts: dict[str, list[np.ndarray] | None] = {n: list(array) for n, array in feeds.items()}
     else:
         specs = {spec.name: spec for spec in inputs or ()}
         if set(feeds) != set(specs):

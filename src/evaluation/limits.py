@@ -91,6 +91,7 @@ def _overall(results: tuple[LimitResult, ...]) -> str:
 
 def _result(rung: Rung, original: Rung, name: str, limit: Limit, confident: bool) -> LimitResult:
     value, change, base, better = _figure(rung, original, name)
+    estimate: Estimate | None
     if limit.kind in ("above", "below"):
         estimate, bound = value, limit.bound
     else:

@@ -16,6 +16,7 @@ from .bootstrap import Intervals, intervals
 from .classification import flips
 from .metrics import Decided, Metric, PerSample
 from .observe import Seen
+from .recognise import recognised
 from .report import ORIGINAL, Flips, MetricResult, Report, Rung
 from .scored import Calls, Scored, Sums, renumbered
 from .slices import Slice, make_slices, slice_results
@@ -174,15 +175,10 @@ class Layout:
             else self._column(seen.predictions[model])
             for model in seen.models
         }
-        return Calls(
-            name,
-            metric.call,
-            predictions,
-            self._labels,
-            self._unit[samples],
-            samples,
-            metric.weighted,
-        )
+        units = self._unit[samples]
+        call, weighted = metric.call, metric.weighted
+        calls = Calls(name, call, predictions, self._labels, units, samples, weighted)
+        return calls if weighted is not None or metric.takes_all else recognised(calls)
 
     def _everything(self, model: str) -> dict[str, Any]:
         outputs = self._seen.everything[model]
