@@ -28,6 +28,7 @@ from edgepass.evaluation.report import (
     Rung,
 )
 from edgepass.search import fingerprint, recipes
+from edgepass.search.blame import Blame, Found
 from edgepass.search.cache import Cache
 from edgepass.search.choice import choose, nearest
 from edgepass.search.pareto import front
@@ -385,7 +386,7 @@ def row(name, size, ms, accuracy=0.9, allowed=True, lossless=False, **fields) ->
 
 
 def no_blame(row):
-    return ()
+    return Found()
 
 
 def test_smallest_fastest_and_both():
@@ -414,6 +415,15 @@ def test_times_within_the_noise_are_decided_by_size():
     assert choose(rows, by="latency", measured=True, blame=no_blame).row.name == "small"
 
 
+def test_nothing_is_given_up_for_nothing():
+    rows = [row("fp32", 400, 10, 0.95, lossless=True), row("no better", 399, 9.99, 0.94)]
+    for by in ("size", "latency", "both"):
+        best = choose(rows, by=by, measured=True, blame=no_blame)
+        assert best
+        assert best.row.name == "fp32"
+        assert "no other gains anything" in best.reason
+
+
 def test_none_may_be_shipped_and_why():
     rows = [
         row("fp32", 400, 10, 0.95, lossless=True),
@@ -424,10 +434,8 @@ def test_none_may_be_shipped_and_why():
     asked = []
 
     def blame(chosen):
-        from edgepass.search.blame import Blame
-
         asked.append(chosen.name)
-        return (Blame("dense1", "adds 80 % of the error", "keep it in float"),)
+        return Found((Blame("dense1", "adds 80 % of the error", "keep it in float"),))
 
     best = choose(rows, measured=True, blame=blame)
     assert not best
@@ -503,6 +511,8 @@ def test_a_limit_that_none_meets_names_the_nearest(digits, plugin):
     assert best.row.name == "fp32"
     assert best.nearest.name == "ruin"
     assert "accuracy" in best.reason
+    assert [item.layer for item in best.blame][:1] == ["dense1"]  # where the fault was planted
+    assert best.blame[0].remedy
 
 
 def test_nothing_is_done_twice(digits, plugin, log, tmp_path):
@@ -586,7 +596,9 @@ SCRIPT = """
 import sys
 import numpy as np
 import edgepass
+from edgepass.search import fingerprint
 
+fingerprint.program_digest = lambda: "edgepass may be edited while this test runs"
 edgepass.load_plugin(sys.argv[1])
 samples = dict(np.load(sys.argv[3]))
 edgepass.sweep(

@@ -1,13 +1,31 @@
 """Which layers of a candidate do the harm, and what to do about each.
 
-Here: `Blame`, and finding it through what knows the inside of models. Not here: how errors of
-layers are measured (`evaluation`), which candidate to ask about (`choice`).
+Here: `Blame`, and asking what looks inside models (`evaluation.internals`). Not here: how errors of
+layers are measured, which candidate to ask about (`choice`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from ..errors import EdgepassError
+from ..evaluation.evaluation import Evaluation
+
+if TYPE_CHECKING:
+    from ..evaluation.internals import Internals
+
+SAMPLES = 16
+"""Enough for ranges and errors of layers; each is run three times."""
+_NAMED = 3
+Feed = Mapping[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +45,62 @@ class Blame:
         return dataclasses.asdict(self)
 
 
-def find_blame(graph: Any, row: Any, evaluation: Any) -> tuple[Blame, ...]:
-    """The layers of a row's artifact that do most harm; empty where it can't be told."""
-    return ()
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The layers to blame, worst first; `unknown`: why there are none, where that is not known."""
+
+    layers: tuple[Blame, ...] = ()
+    unknown: str = ""
+
+
+def find_blame(
+    graph: ir.Model,
+    artifact: Path | None,
+    evaluation: Evaluation | None,
+    feeds: Sequence[Feed] = (),
+) -> Found:
+    """The layers of an artifact that do most harm, on some samples of the evaluation; on `feeds`
+    where the evaluation's samples are sequences of steps."""
+    from ..evaluation.internals import inspect
+
+    samples = _feeds(graph, evaluation) or list(feeds)
+    if artifact is None or not samples:
+        return Found(unknown="there is no sample to run")
+    try:
+        found = inspect(graph, artifact, samples[:SAMPLES])
+    except EdgepassError as error:
+        return Found(unknown=error.diagnostic.what)
+    return Found(tuple(_named(found)))
+
+
+def _named(found: Internals) -> list[Blame]:
+    """The culprits; without any, the layers that err most by themselves."""
+    if found.culprits:
+        worst: dict[str, Blame] = {}
+        for item in found.culprits:
+            worst.setdefault(item.layer, Blame(item.layer, item.what, item.remedy))
+        return list(worst.values())[:_NAMED]
+    erring = [layer for layer in found.layers if math.isfinite(layer.injected.sqnr)]
+    erring.sort(key=lambda layer: layer.injected.sqnr)
+    return [
+        Blame(
+            layer.name,
+            f"of all layers, one that adds most error: {layer.injected.sqnr:.0f} dB alone, "
+            f"{layer.accumulated.sqnr:.0f} dB with all before it",
+            f"leave it in float: exclude=[{layer.name!r}]",
+        )
+        for layer in erring[:_NAMED]
+    ]
+
+
+def _feeds(graph: ir.Model, evaluation: Evaluation | None) -> list[Feed]:
+    from ..targets.onnxruntime import OrtRunner
+
+    if evaluation is None or evaluation.step is not None or evaluation.carry is not None:
+        return []
+    try:
+        with OrtRunner(graph) as runner:
+            found = itertools.islice(evaluation.samples(runner), SAMPLES)
+            return [sample.feed for sample in found if isinstance(sample.feed, Mapping)]
+    except EdgepassError:
+        return []

@@ -16,12 +16,12 @@ from ..cost.latency import format_ms
 from ..cost.text import format_bytes
 from ..errors import UsageError
 from ..evaluation.report import EXCEEDS, LimitResult
-from .blame import Blame
+from .blame import Blame, Found
 from .rows import Row
 
 OBJECTIVES = ("both", "size", "latency")
 _NOISE = 1.02
-"""Times closer than this are taken as equal: the machine's own noise reaches it."""
+"""Times and sizes closer than this are taken as equal: the machine's own noise reaches it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,7 @@ def choose(
     *,
     by: str = "both",
     measured: bool,
-    blame: Callable[[Row], tuple[Blame, ...]],
+    blame: Callable[[Row], Found],
 ) -> Best:
     """The smallest or fastest row without objections; `by` says which of the two counts, "both" is
     the least product of them. `blame` is asked only where no row will do.
@@ -97,19 +97,20 @@ def choose(
     compressing = [row for row in allowed if not row.lossless]
     wanted = compressing or (allowed if all(row.lossless for row in rows) else [])
     if wanted:
-        best = ranked(allowed, by, measured)[0]
+        best = pick(allowed, by, measured)
         return Best(True, best, _praise(best, allowed, rows, by, measured))
-    spare = ranked(allowed, by, measured)[0] if allowed else None
+    spare = pick(allowed, by, measured) if allowed else None
     near = nearest(rows)
     if near is None:
         return Best(False, spare, _nothing_ran(rows, spare))
-    guilty = blame(near) if near.rung is not None else ()
+    guilty = blame(near) if near.rung is not None else Found()
     text = _regret(near, spare, guilty)
-    return Best(False, spare, text, near, near.objections, guilty)
+    return Best(False, spare, text, near, near.objections, guilty.layers)
 
 
-def ranked(rows: Sequence[Row], by: str, measured: bool) -> list[Row]:
-    """Best first. Of rows that are equal in what counts, the one that is better in the other."""
+def pick(rows: Sequence[Row], by: str, measured: bool) -> Row:
+    """The best of some rows. What is equal within the noise is decided by the next criterion, and
+    at last by which changes the model least: nothing is given up for nothing."""
 
     def size(row: Row) -> float:
         return math.inf if row.file_bytes is None else float(max(1, row.file_bytes))
@@ -118,18 +119,21 @@ def ranked(rows: Sequence[Row], by: str, measured: bool) -> list[Row]:
         value = row.latency_on(measured)
         return math.inf if value is None else max(value, 1e-9)
 
-    fastest = min((time(row) for row in rows), default=math.inf)
+    timeless = all(math.isinf(time(row)) for row in rows)
 
-    def key(row: Row) -> tuple[float, ...]:
-        if by == "size":
-            return size(row), time(row)
-        if by == "latency":
-            tied = time(row) <= fastest * _NOISE
-            return (0.0, size(row), time(row)) if tied else (1.0, time(row), size(row))
-        known = 0.0 if math.isinf(time(row)) and math.isinf(fastest) else math.log(time(row))
-        return math.log(size(row)) + known, size(row)
+    def both(row: Row) -> float:
+        return size(row) * (1.0 if timeless else time(row))
 
-    return sorted(rows, key=key)
+    criteria = {"size": (size, time), "latency": (time, size), "both": (both,)}[by]
+    left = list(rows)
+    for criterion in criteria:
+        least = min(criterion(row) for row in left)
+        left = [row for row in left if criterion(row) <= least * _NOISE]
+    return min(left, key=lambda row: (not row.lossless, _loss(row)))
+
+
+def _loss(row: Row) -> float:
+    return math.inf if row.loss is None else row.loss
 
 
 def nearest(rows: Sequence[Row]) -> Row | None:
@@ -146,7 +150,7 @@ def nearest(rows: Sequence[Row]) -> Row | None:
         limits = () if row.rung is None else row.rung.limits
         over = sum(excess(item) for item in limits if item.verdict == EXCEEDS)
         over += sum(max(0.0, (v.gap or 0.0) / v.limit) for v in row.budget)
-        return over, math.inf if row.loss is None else row.loss
+        return over, _loss(row)
 
     return min(judged, key=key)
 
@@ -190,12 +194,14 @@ def _praise(best: Row, allowed: Sequence[Row], rows: Sequence[Row], by: str, mea
     found = [
         word
         for word, objective in (("smallest", "size"), ("fastest", "latency"))
-        if ranked(allowed, objective, measured)[0] is best
+        if pick(allowed, objective, measured) is best
     ]
     words = {"both": "best in size times latency", "size": "smallest", "latency": "fastest"}
     how = " and ".join(found) or words[by]
     count = f"{len(allowed)} of {len(rows)} recipes"
     text = f"{best.name} ({row_text(best)}): the {how} of {count} that may be shipped"
+    if best.lossless and len(allowed) > 1:
+        text += "; no other gains anything"
     if best.timing is not None and best.timing.share > _NOISE:
         text += "; it is slower than the original"
     return text
@@ -209,13 +215,15 @@ def _nothing_ran(rows: Sequence[Row], spare: Row | None) -> str:
     return text + _fallback(spare)
 
 
-def _regret(near: Row, spare: Row | None, guilty: Sequence[Blame]) -> str:
+def _regret(near: Row, spare: Row | None, guilty: Found) -> str:
     text = (
         "No recipe that compresses the model meets the limits. The nearest is "
         f"{near.name} ({row_text(near)}): {'; '.join(near.objections)}"
     )
-    if guilty:
-        text += f". To blame: {'; '.join(str(item) for item in guilty)}"
+    if guilty.layers:
+        text += f". To blame: {'; '.join(str(item) for item in guilty.layers)}"
+    elif guilty.unknown:
+        text += f". Which layer is to blame can't be told: {guilty.unknown}"
     return text + _fallback(spare)
 
 

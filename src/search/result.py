@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..cost.budget import Budget
 from ..errors import MissingDependencyError, UsageError
 from ..evaluation.evaluation import Evaluation
 from ..evaluation.report import Report, Rung
-from .blame import Blame, find_blame
+from .blame import Feed, Found, find_blame
 from .choice import Best, choose
 from .fingerprint import machine, versions
 from .rows import Row
@@ -54,8 +54,9 @@ class SweepResult:
     graph: ir.Model = dataclasses.field(repr=False)
     evaluation: Evaluation | None = dataclasses.field(default=None, repr=False)
     budget: Budget | None = None
+    _feeds: Sequence[Feed] = dataclasses.field(default=(), repr=False)
     _keeper: Any = dataclasses.field(default=None, repr=False)
-    _blamed: dict[str, tuple[Blame, ...]] = dataclasses.field(default_factory=dict, repr=False)
+    _blamed: dict[str, Found] = dataclasses.field(default_factory=dict, repr=False)
 
     def __getitem__(self, name: str) -> Row:
         for row in self.rows:
@@ -87,9 +88,11 @@ class SweepResult:
         """
         return choose(self.rows, by=by, measured=self.measured, blame=self._blame)
 
-    def _blame(self, row: Row) -> tuple[Blame, ...]:
+    def _blame(self, row: Row) -> Found:
         if row.name not in self._blamed:
-            self._blamed[row.name] = find_blame(self.graph, row, self.evaluation)
+            self._blamed[row.name] = find_blame(
+                self.graph, row.artifact, self.evaluation, self._feeds
+            )
         return self._blamed[row.name]
 
     def table(self) -> Any:

@@ -104,7 +104,7 @@ class Bench:
         self.done = Counts()
         self.model = fp.model_digest(graph)
         self._samples = fp.feeds_digest(feeds)
-        self._feeds = feeds
+        self._first = None if not feeds else feeds[0]
         self._target = fp.target_digest(target, profile_for(target))
         self._asked = "" if evaluation is None else evaluation.fingerprint()
         self._original: Any = None
@@ -235,8 +235,8 @@ class Bench:
     def timing_feed(self) -> Mapping[str, np.ndarray] | None:
         """What is run to be timed: the first calibration sample, else random inputs; None where
         the model runs on none that were tried."""
-        if self._feeds:
-            return self._feeds[0]
+        if self._first is not None:
+            return self._first
         sample = working_sample(self.graph, self.dims)
         return sample.feed if sample.runs else None
 

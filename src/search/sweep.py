@@ -26,10 +26,11 @@ from ..frontends import load_notes, load_supported
 from ..ir.sizing import check_dims
 from ..passes.base import Pass
 from ..pipelines import parse_recipe
-from ..samples import as_feeds
+from ..samples import Feed, as_feeds
 from ..targets.feed import input_specs
 from ..targets.registry import get_target
 from ..targets.target import Target
+from .blame import SAMPLES
 from .cache import Cache, default_folder
 from .pareto import front
 from .recipes import PTQ, Plan, Recipe, as_recipes, model_facts, ptq_recipes
@@ -95,7 +96,7 @@ def sweep(
     samples = _again_and_again(calibration)
     feeds = None if samples is None else as_feeds(samples, input_specs(graph))
     plan = _plan(recipes, graph, device, feeds is not None)
-    evaluation, notes = _evaluation(evaluate, samples)
+    evaluation, notes = _evaluation(evaluate, feeds)
     keeper: Any = None
     if cache is None:
         keeper = tempfile.TemporaryDirectory(prefix="edgepass-sweep-")
@@ -127,6 +128,7 @@ def sweep(
         graph=graph,
         evaluation=evaluation,
         budget=budget,
+        _feeds=tuple((feeds or ())[:SAMPLES]),
         _keeper=keeper,
     )
 
@@ -145,6 +147,7 @@ class _Job:
         self.broken: dict[str, str] = {}
         self.original: Rung | None = None
         self.notes: list[str] = []
+        self.shared: dict[str, list[str]] = {}
         self.timed = False
         self._progress = progress
         self._done, self._total = 0, 2 * len(plan.recipes) + 1
@@ -159,6 +162,7 @@ class _Job:
             else:
                 self._step(recipe.name, "evaluating", partial(self._evaluate, recipe))
         self._time()
+        self.notes += [n.replace(CANDIDATE, ", ".join(who)) for n, who in self.shared.items()]
         self._progress(self._total, self._total, "")
 
     def rows(self) -> tuple[Row, ...]:
@@ -214,7 +218,8 @@ class _Job:
         self.rungs[recipe.name] = dataclasses.replace(
             report.candidates[0], name=recipe.name, bytes=made.data["file_bytes"]
         )
-        self.notes += [note.replace(CANDIDATE, recipe.name) for note in report.notes]
+        for note in report.notes:
+            self.shared.setdefault(note, []).append(recipe.name)
 
     def _require_original(self) -> None:
         """Raises what is wrong with the evaluation itself, rather than blame a candidate for it."""
@@ -303,16 +308,17 @@ def _plan(recipes: str | Iterable[Any], graph: ir.Model, target: Target, calibra
     return ptq_recipes(model_facts(clean), target, calibrated=calibrated)
 
 
-def _evaluation(given: Evaluation | None, samples: Any) -> tuple[Evaluation | None, list[str]]:
+def _evaluation(
+    given: Evaluation | None, feeds: Sequence[Feed] | None
+) -> tuple[Evaluation | None, list[str]]:
     """The evaluation to run, its data readable more than once."""
-    if given is None and samples is None:
+    if given is not None:
+        kept = {"data": _again_and_again(given.data), "labels": _again_and_again(given.labels)}
+        return dataclasses.replace(given, **kept), []
+    if feeds is None:
         return None, ["nothing was evaluated: give `evaluate=edgepass.Evaluation(data=...)`"]
-    if given is None:
-        text = "outputs were held against the original's on the calibration samples: no `evaluate`"
-        return Evaluation(data=samples), [text]
-    if isinstance(given.data, Iterator):
-        given = dataclasses.replace(given, data=list(given.data))
-    return given, []
+    text = "outputs were held against the original's on the calibration samples: no `evaluate`"
+    return Evaluation(data=list(feeds)), [text]
 
 
 def _again_and_again(samples: Any) -> Any:
