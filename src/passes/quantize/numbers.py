@@ -108,8 +108,8 @@ def raise_for_bias(affine: Affine, bias: np.ndarray, input_scale: float) -> Affi
 def quantize(array: np.ndarray, affine: Affine, spec: QuantSpec) -> np.ndarray:
     """The integers of an array, in the spec's dtype (4-bit ones in an int8 or uint8 array)."""
     least, greatest = integer_range(spec.dtype)
-    scale = _spread(affine.scale, array.shape, spec)
-    zero_point = _spread(affine.zero_point.astype(np.int32), array.shape, spec)
+    scale = spread(affine.scale, array.shape, spec)
+    zero_point = spread(affine.zero_point.astype(np.int32), array.shape, spec)
     integers = np.rint(array.astype(np.float32) / scale)
     integers += zero_point
     np.clip(integers, least, greatest, out=integers)
@@ -122,8 +122,8 @@ def quantize(array: np.ndarray, affine: Affine, spec: QuantSpec) -> np.ndarray:
 def round_trip(array: np.ndarray, affine: Affine, spec: QuantSpec) -> np.ndarray:
     """What is left of an array after it has been stored: float32."""
     integers = quantize(array, affine, spec).astype(np.float32)
-    integers -= _spread(affine.zero_point.astype(np.float32), array.shape, spec)
-    integers *= _spread(affine.scale, array.shape, spec)
+    integers -= spread(affine.zero_point.astype(np.float32), array.shape, spec)
+    integers *= spread(affine.scale, array.shape, spec)
     return integers
 
 
@@ -150,7 +150,7 @@ def _peak(array: np.ndarray, spec: QuantSpec) -> np.ndarray:
     return peak
 
 
-def _spread(parameters: np.ndarray, shape: tuple[int, ...], spec: QuantSpec) -> np.ndarray:
+def spread(parameters: np.ndarray, shape: tuple[int, ...], spec: QuantSpec) -> np.ndarray:
     """Scales or zero points in a shape that broadcasts against the tensor."""
     match spec.granularity:
         case PerChannel(axis):

@@ -9,6 +9,7 @@ arithmetic (`numbers`).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -40,23 +41,52 @@ Stored = tuple[ir.Value, ir.Value, ir.Value | None]
 """The values of a constant's integers, scales and zero points."""
 
 
+class Ready(NamedTuple):
+    """A weight that is integers already, in its own layout, with what they stand for."""
+
+    integers: np.ndarray
+    affine: Affine
+
+
 def write_qdq(
-    model: ir.Model, layout: Int8Layout, ranges: Mapping[str, Range] | None = None
+    model: ir.Model,
+    layout: Int8Layout,
+    ranges: Mapping[str, Range] | None = None,
+    ready: Mapping[str, Ready] | None = None,
 ) -> None:
     """Insert the pairs of a layout, in place.
 
     before: x -> Conv(W, b) -> Relu -> y
     after:  x -> Q -> DQ -> Conv(DQ(W8), DQ(b32)) -> Q -> DQ -> y
 
-    `ranges` is by the name of each of `layout.sources`; None writes absent tensors.
+    `ranges` is by the name of each of `layout.sources`; None writes absent tensors. `ready` has
+    weights, by name, that corrections have made integers of.
     """
     index_names(model)
-    _Writer(model, layout, ranges).write()
+    _Writer(model, layout, ranges, ready or {}).write()
+
+
+def input_affines(layout: Int8Layout, ranges: Mapping[str, Range]) -> dict[ir.Value, Affine]:
+    """Scale and zero point of each activation that gets a pair."""
+    scheme = layout.scheme
+    by_source = {
+        source: activation_affine(
+            Range(0.0, 1.0) if is_gate_result(source) else ranges[source.name or ""],
+            scheme.activation,
+            scheme.symmetric_activation,
+        )
+        for source in dict.fromkeys(a.source for a in layout.activations)
+    }
+    return {a.value: by_source[a.source] for a in layout.activations}
 
 
 class _Writer:
     def __init__(
-        self, model: ir.Model, layout: Int8Layout, ranges: Mapping[str, Range] | None
+        self,
+        model: ir.Model,
+        layout: Int8Layout,
+        ranges: Mapping[str, Range] | None,
+        ready: Mapping[str, Ready],
     ) -> None:
         self.model = model
         self.layout = layout
@@ -65,25 +95,14 @@ class _Writer:
             layout.scheme.activation, layout.scheme.symmetric_activation
         )
         # Everything is looked up by value before the first edit: edits rename and remove values.
-        self.affines = {} if ranges is None else self._activation_affines(ranges)
+        self.affines = {} if ranges is None else input_affines(layout, ranges)
+        self.ready = ready
         self.absent = ranges is None
         self.weight_affines = {} if self.absent else self._weight_affines()
         self.readers = self._readers()
         self.stored: dict[tuple[ir.Value, QuantSpec], Stored] = {}
 
     # --- numbers -------------------------------------------------------------------------------
-
-    def _activation_affines(self, ranges: Mapping[str, Range]) -> dict[ir.Value, Affine]:
-        scheme = self.layout.scheme
-        by_source = {
-            source: activation_affine(
-                Range(0.0, 1.0) if is_gate_result(source) else ranges[source.name or ""],
-                scheme.activation,
-                scheme.symmetric_activation,
-            )
-            for source in dict.fromkeys(a.source for a in self.layout.activations)
-        }
-        return {a.value: by_source[a.source] for a in self.layout.activations}
 
     def _weight_affines(self) -> dict[tuple[ir.Value, QuantSpec], Affine]:
         found: dict[tuple[ir.Value, QuantSpec], Affine] = {}
@@ -92,6 +111,9 @@ class _Writer:
             assert data is not None
             assert weight is not None
             key = weight, item.spec
+            if weight.name in self.ready:
+                found[key] = self.ready[weight.name].affine
+                continue
             if key not in found:
                 array = _array(weight)
                 found[key] = weight_affine(
@@ -143,7 +165,9 @@ class _Writer:
         key = weight, item.spec
         if key not in self.stored:
             affine = self.weight_affines.get(key)
-            self.stored[key] = store(self.editor, item.node, weight, item.spec, affine)
+            ready = self.ready.get(weight.name or "")
+            integers = None if ready is None else ready.integers
+            self.stored[key] = store(self.editor, item.node, weight, item.spec, affine, integers)
         dequantize(self.editor, item.node, 1, self.stored[key], item.spec)
 
     def _write_bias(self, item: Weighted) -> None:
@@ -248,10 +272,16 @@ class _Writer:
 
 
 def store(
-    editor: Editor, anchor: ir.Node, value: ir.Value, spec: QuantSpec, affine: Affine | None
+    editor: Editor,
+    anchor: ir.Node,
+    value: ir.Value,
+    spec: QuantSpec,
+    affine: Affine | None,
+    ready: np.ndarray | None = None,
 ) -> Stored:
     """Initializers for a constant's integers, scales and zero points; absent without `affine`.
 
+    `ready` are the integers where they are not the nearest ones.
     They join the graph that holds the constant: readers inside several branches share them.
     """
     tensor = constant_tensor(value)
@@ -265,7 +295,8 @@ def store(
         scale: ir.TensorProtocol | np.ndarray = absent(ir.DataType.FLOAT, parameters)
         zero_point: ir.TensorProtocol | np.ndarray = absent(spec.dtype, parameters)
     else:
-        integers = pack(quantize(tensor.numpy(), affine, spec), spec.dtype)
+        array = quantize(tensor.numpy(), affine, spec) if ready is None else ready
+        integers = pack(array, spec.dtype)
         scale = affine.scale
         zero_point = pack(affine.zero_point, spec.dtype)
     suffix = spec.dtype.name.lower()

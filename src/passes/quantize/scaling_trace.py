@@ -89,7 +89,7 @@ class _Tracer:
         """The class of each channel after all ties."""
         same = self.same_as
         while True:
-            further = same[same + 1]
+            further: np.ndarray = same[same + 1]
             if (further == same).all():
                 return further[1:]
             same = further
