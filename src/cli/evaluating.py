@@ -20,56 +20,64 @@ if TYPE_CHECKING:
     from ..evaluation.report import Report
 
 
+Data = Annotated[
+    str,
+    typer.Option(
+        help="An .npz of stacked arrays (and labels), a folder of .npz files, or "
+        "module:function that returns samples."
+    ),
+]
+Labels = Annotated[
+    str | None,
+    typer.Option(help="An .npy or .txt file, or the entry of --data; by default labels or y."),
+]
+Metrics = Annotated[
+    list[str] | None,
+    typer.Option("--metric", metavar="[NAME=]METRIC", help="A built-in name, or module:function."),
+]
+Slices = Annotated[
+    list[str] | None,
+    typer.Option("--slice", metavar="[NAME=]SLICE", help="module:function, or an entry of --data."),
+]
+Group = Annotated[str | None, typer.Option(help="As --slice: samples that are resampled together.")]
+Gate = Annotated[Path | None, typer.Option(help="A TOML file with limits: docs/evaluation.md.")]
+LossLimits = Annotated[
+    list[str] | None,
+    typer.Option("--limit", metavar="METRIC=LIMIT", help="auc=-0.003, 'f1=-1%', 'wer<=0.05'."),
+]
+Confident = Annotated[
+    bool, typer.Option("--confident", help="A limit must hold for the whole interval.")
+]
+Predict = Annotated[
+    str | None, typer.Option(help="module:function from outputs to what metrics see.")
+]
+Output = Annotated[str | None, typer.Option("--output", help="Which output the metrics see.")]
+Carry = Annotated[
+    list[str] | None,
+    typer.Option(metavar="OUTPUT=INPUT", help="A state handed from step to step."),
+]
+Logits = Annotated[
+    bool, typer.Option("--logits", help="Softmax outputs for the calibration error.")
+]
+
+
 def evaluate(
     original: Annotated[str, typer.Argument(help="A model file, or an artifact's folder.")],
     candidates: Annotated[
         list[str], typer.Argument(help="Models to hold against it; NAME=PATH gives a name.")
     ],
-    data: Annotated[
-        str,
-        typer.Option(
-            help="An .npz of stacked arrays (and labels), a folder of .npz files, or "
-            "module:function that returns samples."
-        ),
-    ],
-    labels: Annotated[
-        str | None,
-        typer.Option(help="An .npy or .txt file, or the entry of --data; by default labels or y."),
-    ] = None,
-    metric: Annotated[
-        list[str] | None,
-        typer.Option(metavar="[NAME=]METRIC", help="A built-in name, or module:function."),
-    ] = None,
-    slice_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--slice", metavar="[NAME=]SLICE", help="module:function, or an entry of --data."
-        ),
-    ] = None,
-    group: Annotated[
-        str | None, typer.Option(help="As --slice: samples that are resampled together.")
-    ] = None,
-    gate: Annotated[
-        Path | None, typer.Option(help="A TOML file with limits: docs/evaluation.md.")
-    ] = None,
-    limit: Annotated[
-        list[str] | None,
-        typer.Option(metavar="METRIC=LIMIT", help="auc=-0.003, 'f1=-1%', 'wer<=0.05'."),
-    ] = None,
-    confident: Annotated[
-        bool, typer.Option("--confident", help="A limit must hold for the whole interval.")
-    ] = False,
-    predict: Annotated[
-        str | None, typer.Option(help="module:function from outputs to what metrics see.")
-    ] = None,
-    output: Annotated[str | None, typer.Option(help="Which output the metrics see.")] = None,
-    carry: Annotated[
-        list[str] | None,
-        typer.Option(metavar="OUTPUT=INPUT", help="A state handed from step to step."),
-    ] = None,
-    logits: Annotated[
-        bool, typer.Option("--logits", help="Softmax outputs for the calibration error.")
-    ] = False,
+    data: Data,
+    labels: Labels = None,
+    metric: Metrics = None,
+    slice_: Slices = None,
+    group: Group = None,
+    gate: Gate = None,
+    limit: LossLimits = None,
+    confident: Confident = False,
+    predict: Predict = None,
+    output: Output = None,
+    carry: Carry = None,
+    logits: Logits = False,
     resamples: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 1000,
     confidence: Annotated[float, typer.Option(help="Of the intervals.")] = 0.95,
     json: Annotated[
@@ -81,21 +89,18 @@ def evaluate(
 
     Exits with 29 where a candidate is not within the limits of `--gate` or `--limit`.
     """
-    from ..evaluation.evaluation import Evaluation
-
-    limits, strict = _gate(gate)
-    limits |= _limits(limit or [])
-    evaluation = Evaluation(
-        data=_data(data),
-        labels=_labels(labels),
-        metrics=_metrics(metric or []),
-        slices={name: _loaded(text) for name, text in _pairs(slice_ or []).items()},
-        group=None if group is None else _loaded(group),
-        limits=limits,
-        confident=confident or strict,
-        predict=None if predict is None else _loaded(predict),
+    evaluation = evaluation_of(
+        data,
+        labels=labels,
+        metrics=metric,
+        slices=slice_,
+        group=group,
+        gate=gate,
+        limits=limit,
+        confident=confident,
+        predict=predict,
         output=output,
-        carry=_carry(carry or []),
+        carry=carry,
         logits=logits,
         resamples=resamples,
         confidence=confidence,
@@ -106,6 +111,48 @@ def evaluate(
         error = _regression(report)
         console.show_error(error.diagnostic, as_json=False)  # a report may be on stdout already
         raise typer.Exit(error.exit_code)
+
+
+def evaluation_of(
+    data: str,
+    *,
+    labels: str | None = None,
+    metrics: Sequence[str] | None = None,
+    slices: Sequence[str] | None = None,
+    group: str | None = None,
+    gate: Path | None = None,
+    limits: Sequence[str] | None = None,
+    confident: bool = False,
+    predict: str | None = None,
+    output: str | None = None,
+    carry: Sequence[str] | None = None,
+    logits: bool = False,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+) -> Evaluation:
+    """The evaluation that a command's options mean.
+
+    Raises:
+        UsageError: an option that can't be read, or names what is not there.
+    """
+    from ..evaluation.evaluation import Evaluation
+
+    allowed, strict = _gate(gate)
+    return Evaluation(
+        data=_data(data),
+        labels=_labels(labels),
+        metrics=_metrics(metrics or []),
+        slices={name: _loaded(text) for name, text in _pairs(slices or []).items()},
+        group=None if group is None else _loaded(group),
+        limits=allowed | _limits(limits or []),
+        confident=confident or strict,
+        predict=None if predict is None else _loaded(predict),
+        output=output,
+        carry=_carry(carry or []),
+        logits=logits,
+        resamples=resamples,
+        confidence=confidence,
+    )
 
 
 def _run(evaluation: Evaluation, original: str, candidates: Sequence[str]) -> Report:
