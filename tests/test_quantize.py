@@ -623,7 +623,7 @@ def test_constant_and_all_zero_activations_survive():
         lambda: StaticInt8(scheme="u4"),
         lambda: StaticInt8(observer="entropy"),
         lambda: StaticInt8(ops=("Erf",)),
-        lambda: WeightOnly(bits=3),
+        lambda: WeightOnly(bits=9),
         lambda: WeightOnly(block=17),
     ],
 )

@@ -8,10 +8,11 @@ plan (`passes.quantize`), what the runtime makes of pairs (`ort_integer`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import onnx_ir as ir
 
+from ..ir.graph import is_onnx_op
 from ..ir.quant import INTEGER_OPS, PerBlock, PerChannel, QuantPlan, QuantSpec, stored_shape
 from .runtime_graph import CONTRIB, Op, RuntimeGraph, Tensor
 from .storage import node_name
@@ -231,10 +232,12 @@ class _Writer:
     def write_weights(self) -> None:
         """MatMul(W): MatMul(DequantizeLinear(W8)); padded blocks: MatMulNBits. Folded: as it is."""
         for op in self.graph:
+            if op.is_onnx("Gather"):
+                self._look_up_blocks(op)
             if not op.is_onnx(*_WEIGHTED):
                 continue
             index = 0 if op.type == "MatMul" and not _is_constant(op, 1) else 1
-            value = op.inputs[index]
+            value = _stored(op.inputs[index], self.entries)
             spec = self.entries.get(value) if value is not None else None
             if value is None or spec is None or spec.folded:
                 continue
@@ -244,16 +247,57 @@ class _Writer:
                 self._unpack(op, index, spec)
 
     def _to_blocks(self, op: Op, weight: Tensor, spec: QuantSpec) -> None:
-        assert weight.shape is not None
         assert isinstance(spec.granularity, PerBlock)
-        depth, columns = weight.shape
-        size, bits = spec.granularity.size, spec.dtype.bitwidth
-        blocks = -(-depth // size)
-        shape = (columns, blocks, size * bits // 8)
-        self.graph.set_input(op, 1, _constant(f"{weight.name}/int{bits}", shape, ir.DataType.UINT8))
-        self.graph.set_input(op, 2, _constant(f"{weight.name}/scale", (columns * blocks,), _FLOAT))
+        assert weight.shape is not None
+        along = spec.granularity.axis
+        depth, columns = weight.shape[along], weight.shape[1 - along]
+        inputs: list[Tensor | None] = [op.inputs[0], *self._blocks(weight, spec)]
+        if op.type == "Gemm" and len(op.inputs) > 2 and op.inputs[2] is not None:
+            inputs += [None] * (5 - len(inputs)) + [op.inputs[2]]
+        for index, tensor in enumerate(inputs):
+            self.graph.set_input(op, index, tensor)
         op.type, op.domain = "MatMulNBits", CONTRIB
-        op.attributes = {"K": depth, "N": columns, "bits": bits, "block_size": size}
+        size = spec.granularity.size
+        op.attributes = {"K": depth, "N": columns, "bits": spec.width, "block_size": size}
+
+    def _look_up_blocks(self, op: Op) -> None:
+        """A table whose rows are stored in blocks: Gather becomes GatherBlockQuantized."""
+        table = op.inputs[0]
+        spec = self.entries.get(table) if table is not None else None
+        if table is None or table.shape is None or spec is None:
+            return
+        if not spec.padded or spec.folded or not isinstance(spec.granularity, PerBlock):
+            return
+        stored, *parameters = self._blocks(table, spec)
+        rows = (table.shape[0], table.shape[1] * spec.width // 8)
+        codes = _constant(f"{stored.name}/rows", rows, ir.DataType.UINT8)
+        for index, tensor in enumerate([codes, op.inputs[1], *parameters]):
+            self.graph.set_input(op, index, tensor)
+        op.type, op.domain = "GatherBlockQuantized", CONTRIB
+        op.attributes = {
+            "bits": spec.width,
+            "block_size": spec.granularity.size,
+            "gather_axis": 0,
+            "quantize_axis": 1,
+        }
+
+    def _blocks(self, weight: Tensor, spec: QuantSpec) -> list[Tensor]:
+        """Codes, scales and zero points of a matrix, as kernels read them."""
+        assert isinstance(spec.granularity, PerBlock)
+        assert weight.shape is not None
+        size, along = spec.granularity.size, spec.granularity.axis
+        depth, columns = weight.shape[along], weight.shape[1 - along]
+        blocks = -(-depth // size)
+        shape = (columns, blocks, size * spec.width // 8)
+        name = weight.name
+        made = [
+            _constant(f"{name}/int{spec.width}", shape, ir.DataType.UINT8),
+            _constant(f"{name}/scale", (columns, blocks), _FLOAT),
+        ]
+        if spec.zero_points:
+            row = -(-blocks * spec.width // 8)
+            made.append(_constant(f"{name}/zero_point", (columns, row), ir.DataType.UINT8))
+        return made
 
     # --- what several passes share ---------------------------------------------------------------
 
@@ -263,6 +307,8 @@ class _Writer:
             table = op.inputs[0] if op.is_onnx("Gather") else None
             spec = self.entries.get(table) if table is not None else None
             if table is None or spec is None or not table.constant or op in self.members:
+                continue
+            if spec.folded or spec.padded:
                 continue
             integers, scale = self._store(table, spec)[:2]
             result = op.outputs[0]
@@ -311,6 +357,14 @@ class _Writer:
 
 def _constant(name: str, shape: tuple[int, ...], dtype: ir.DataType) -> Tensor:
     return Tensor(name, shape, dtype, constant=True)
+
+
+def _stored(value: Tensor | None, entries: Mapping[Tensor, QuantSpec]) -> Tensor | None:
+    """The constant that is read: itself, or before a Transpose that the runtime folds."""
+    maker = value.source.producer() if value is not None and value.source is not None else None
+    if value in entries or maker is None or not is_onnx_op(maker, "Transpose"):
+        return value
+    return next((tensor for tensor in entries if tensor.source is maker.inputs[0]), value)
 
 
 def _is_constant(op: Op, index: int) -> bool:

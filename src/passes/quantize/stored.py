@@ -8,12 +8,12 @@ would keep, and unpack at every run. Not here: which weights (`weight_only`), sc
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 
-from ...ir.edit import Editor, inherit_metadata
-from ...ir.graph import constant_tensor, fresh_name
+from ...ir.edit import Editor
+from ...ir.graph import constant_tensor
 from ...ir.quant import PerChannel, PerTensor, QuantSpec
+from .folded_chain import FoldedChain
 from .numbers import Affine, quantize
 from .qdq import absent, drop_unused_constant, pack
 
@@ -88,58 +88,3 @@ def _spread_shape(spec: QuantSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
             last = len(shape) - axis - 1
             return (shape[axis], *([1] * last))
     raise NotImplementedError(f"{spec.granularity} is not stored this way")
-
-
-class FoldedChain:
-    """Nodes with constant inputs, in front of the graph that holds a constant `value`.
-
-    `reader` gives them its source line; names derive from the constant's.
-    """
-
-    def __init__(self, editor: Editor, reader: ir.Node, value: ir.Value) -> None:
-        graph = value.graph
-        if graph is None and (maker := value.producer()) is not None:
-            graph = maker.graph
-        graph = graph if graph is not None else reader.graph
-        assert isinstance(graph, ir.Graph)
-        self.graph = graph
-        self._editor = editor
-        self._reader = reader
-        self._anchor = next(iter(graph))
-        self._base = value.name or "weight"
-
-    def constant(self, suffix: str, data: np.ndarray | ir.TensorProtocol) -> ir.Value:
-        """A new initializer."""
-        return self._editor.initializer(self._anchor, f"{self._base}/{suffix}", data)
-
-    def parameter(
-        self, suffix: str, data: np.ndarray | None, dtype: ir.DataType, shape: tuple[int, ...]
-    ) -> ir.Value:
-        """A new initializer of a shape; absent without data."""
-        if data is None:
-            return self.constant(suffix, absent(dtype, shape))
-        return self.constant(suffix, pack(np.ascontiguousarray(data).reshape(shape), dtype))
-
-    def cast(self, value: ir.Value, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
-        """The value in another element type, float32 unless told."""
-        assert value.shape is not None
-        return self.add("Cast", [value], value.shape.numpy(), dtype, to=int(dtype))
-
-    def add(
-        self,
-        op_type: str,
-        inputs: list[ir.Value],
-        shape: tuple[int, ...],
-        dtype: ir.DataType = ir.DataType.FLOAT,
-        **attributes: int | str,
-    ) -> ir.Value:
-        """One more node; its result."""
-        node = ir.Node(
-            "", op_type, inputs, ir.convenience.convert_attributes(attributes), num_outputs=1
-        )
-        inherit_metadata([self._reader], [node])
-        result = node.outputs[0]
-        result.type, result.shape = ir.TensorType(dtype), ir.Shape(list(shape))
-        result.name = node.name = fresh_name(self.graph, f"{self._base}/{op_type.lower()}")
-        self._editor.insert_before(self._anchor, node)
-        return result

@@ -1,7 +1,8 @@
-"""Weights stored in 8 or 4 bits, arithmetic in float: smaller files, no calibration.
+"""Weights stored in 8 bits or fewer, arithmetic in float: smaller files.
 
-Here: the pass `weight_only` and its plan. ONNX Runtime turns the MatMuls into MatMulNBits, which
-unpacks weights as it multiplies. Not here: quantized arithmetic (`static_int8`, `dynamic_int8`).
+Here: the pass `weight_only`, its options and its plan. Not here: which weights in which form
+(`weight_choice`), numbers (`weight_codes`), writing (`weight_writer`), codebooks (`palettize`),
+quantized arithmetic (`static_int8`, `dynamic_int8`).
 """
 
 from __future__ import annotations
@@ -9,62 +10,43 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 
-import numpy as np
 import onnx_ir as ir
 
 from ...errors import PassOptionError, UsageError
-from ...ir.edit import Editor
-from ...ir.graph import (
-    CONTRIB_DOMAIN,
-    constant_tensor,
-    describe_node,
-    fresh_name,
-    graph_tree,
-    is_absent,
-    is_onnx_op,
-    opset_of,
-)
-from ...ir.ops import weight_channel_axis
-from ...ir.quant import PerBlock, PerChannel, QuantPlan, QuantSpec
+from ...ir.graph import constant_tensor, is_absent, opset_of
+from ...ir.quant import PerBlock, QuantPlan, QuantSpec
+from ...targets.target import Runtime
 from ..base import Context, Pass, PassResult, Stage
+from . import nbits
+from .awq import scale_channels
+from .capture import require_samples
 from .known_types import require_types
 from .notes import refusal_notes
-from .numbers import Affine, quantize, weight_affine
-from .qdq import Stored, absent, dequantize, drop_unused_constant, store
-from .stored import Shared, store_folded
-from .tables import Table, lookup_tables, write_tables
+from .weight_budget import spread_bits
+from .weight_choice import DEFAULT_BLOCK, MIN_ELEMENTS, Choice, Form, StoredWeight, find_weights
+from .weight_codes import Method, Rounding, choose_codes, second_moments
+from .weight_writer import write_weights
 
-MIN_ELEMENTS = 256
-"""Smaller weights save less than their scales and nodes cost."""
-DEFAULT_BLOCK = 32
-"""Elements that share a scale in 4 bits, where the option leaves it open."""
-_OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU", "RNN")
-_BLOCKED_OPSET = 21
-
-
-@dataclasses.dataclass(frozen=True)
-class _Weight:
-    """One weight to store: who reads it, on which input, how; `contrib` is the MatMulNBits form."""
-
-    node: ir.Node
-    index: int
-    spec: QuantSpec
-    contrib: bool = False
-
-    @property
-    def value(self) -> ir.Value:
-        value = self.node.inputs[self.index]
-        assert value is not None
-        return value
+_WIDTHS = range(2, 9)
+_INT8_INPUTS, _FLOAT_INPUTS = 4, 0  # accuracy levels of MatMulNBits
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightOnly(Pass):
-    """Stores weights in 8 bits (4 for MatMul) and computes in float; needs no calibration.
+    """Stores weights in 8 bits or fewer and computes in float.
 
-    `bits`: 8 or 4; in 4-bit models what is not a MatMul or Gemm gets 8. `block`: elements of a
-    column that share a scale, a power of two from 16; 0 is the whole column (32 in 4 bits).
-    `exclude`: names of nodes or operator types to leave.
+    `bits`: of matrices (MatMul, Gemm), 2 to 8. ONNX Runtime multiplies by 2, 4 and 8 bits as they
+    are; other widths, and everything on TVM, are packed in the file and unpacked at load.
+    `block`: elements of a column that share a scale, a power of two from 16; 0 leaves it open (32;
+    in 8 bits the whole column). `zero_points`: ranges need not be even about zero. `others`,
+    `tables`: bits of what is no matrix (convolutions, recurrent layers) and of embeddings, tied
+    ones included. `bits_of`: exceptions, as "name:bits" of a node, a weight or an operator.
+    `average_bits`: bits of matrices within a mean, most where products suffer most.
+
+    `method`: rtn (ranges of least error), minmax, hqq, gptq, awq, awq-gptq; the last three need
+    calibration data. `act_order` and `damping` are gptq's; `sequential`: later layers are
+    calibrated behind the stored weights of earlier ones. `float_inputs`: kernels multiply in
+    float32, not by inputs rounded to 8 bits. `exclude`: nodes, weights or operators to leave.
     """
 
     name = "weight_only"
@@ -75,243 +57,196 @@ class WeightOnly(Pass):
     bits: int = 8
     block: int = 0
     exclude: tuple[str, ...] = ()
+    method: Method = Method.RTN
+    zero_points: bool | None = None
+    others: int = 8
+    tables: int = 8
+    bits_of: tuple[str, ...] = ()
+    average_bits: float = 0.0
+    act_order: bool = False
+    damping: float = 0.01
+    sequential: bool = False
+    float_inputs: bool = False
 
     def __post_init__(self) -> None:
-        if self.bits not in (4, 8):
-            raise PassOptionError(
-                f"Weights can't be stored in {self.bits} bits",
-                where=f"pass {self.name!r}, option 'bits'",
-                fix="8 or 4",
-            )
+        object.__setattr__(self, "method", Method(self.method))
+        for option in ("bits", "others", "tables"):
+            if getattr(self, option) not in _WIDTHS:
+                raise self._wrong(option, f"{getattr(self, option)} bits", "2 to 8")
         if self.block and (self.block < 16 or self.block & (self.block - 1)):
-            raise PassOptionError(
-                f"A block of {self.block} elements has no kernel",
-                where=f"pass {self.name!r}, option 'block'",
-                fix="0, or a power of two from 16",
+            fix = "0, or a power of two from 16"
+            raise self._wrong("block", f"blocks of {self.block} elements", fix)
+        if self.average_bits and not 2 <= self.average_bits <= 8:
+            raise self._wrong(
+                "average_bits", f"{self.average_bits} bits on average", "2 to 8, or 0"
             )
+        if self.damping <= 0:
+            raise self._wrong("damping", f"a damping of {self.damping}", "above 0, as 0.01")
+        if self.method is Method.HQQ and self.zero_points is False:
+            fix = "leave zero_points out, or choose another method"
+            raise self._wrong("zero_points", "hqq and no zero points, which it fits", fix)
+        self._exceptions()
+
+    def _wrong(self, option: str, what: str, fix: str) -> PassOptionError:
+        return PassOptionError(
+            f"Weights can't be stored with {what}",
+            where=f"pass {self.name!r}, option {option!r}",
+            fix=fix,
+        )
+
+    def _exceptions(self) -> dict[str, int]:
+        found = {}
+        for item in self.bits_of:
+            key, _, bits = item.rpartition(":")
+            if not key or not bits.isdigit() or int(bits) not in _WIDTHS:
+                raise self._wrong("bits_of", repr(item), '"name:bits", with 2 to 8 bits')
+            found[key] = int(bits)
+        return found
+
+    # --- running ---------------------------------------------------------------------------------
 
     def plan(self, model: ir.Model, context: Context) -> QuantPlan:
         """What the pass would make of each value. Weights may be absent; nothing changes."""
-        weights, tables, notes = self._select(model)
-        return self._plan(weights, tables, notes)
+        weights, refused = self._select(model, context)
+        return self._plan(weights, refused)
 
     def preview(self, model: ir.Model, context: Context) -> PassResult:
         """As `run`, also on an architecture without weights, whose tensors stay absent."""
-        return self.run(model, context)
+        return self._apply(model, dataclasses.replace(context, calibration=None))
 
     def run(self, model: ir.Model, context: Context) -> PassResult:
         """See `Pass.run`.
 
         Raises:
-            UsageError: the opset is below 13.
+            UsageError: the opset is below 13, or the method needs calibration data.
+            CalibrationError: it is empty, or does not fit the model.
         """
-        weights, tables, refused = self._select(model)
-        plan = self._plan(weights, tables, refused)
-        if not weights and not tables:
+        if not self.method.needs_data:
+            context = dataclasses.replace(context, calibration=None)
+            return self._apply(model, context)
+        why = f"{self.method} looks at what the weights are multiplied by"
+        require_samples(context.calibration, self.name, why)
+        return self._apply(model, context)
+
+    def _apply(self, model: ir.Model, context: Context) -> PassResult:
+        notes: list[str] = []
+        if self.method.scales and context.calibration:
+            weights, _ = self._select(model, context)
+            grids = {n: w.grid for w in weights if w.form in _CODED for n in w.products}
+            notes += scale_channels(model, grids, context.calibration)
+        weights, refused = self._select(model, context)
+        plan = self._plan(weights, refused)
+        if not weights:
             text = f"nothing to store in {self.bits} bits: no weight of {MIN_ELEMENTS} elements"
-            return PassResult(model, False, (text, *refusal_notes(plan)))
-        _write(model, weights)
-        write_tables(model, tables)
-        counts = Counter(w.node.op_type for w in weights)
-        if tables:
-            counts["Gather"] = len(tables)
-        text = ", ".join(f"{count} {op}" for op, count in sorted(counts.items()))
-        notes = [f"{plan.label}: weights of {text}"]
+            return PassResult(model, bool(notes), (*notes, text, *refusal_notes(plan)))
+        rounding = Rounding(
+            method=self.method,
+            act_order=self.act_order,
+            damping=self.damping,
+            sequential=self.sequential,
+        )
+        coded = [w for w in weights if w.form in _CODED]
+        codes = choose_codes(model, coded, rounding, context)
+        notes.append(_summary(plan, weights))
+        accuracy = _FLOAT_INPUTS if self.float_inputs else _INT8_INPUTS
+        write_weights(model, weights, codes, accuracy)
         return PassResult(model, True, (*notes, *refusal_notes(plan)))
 
-    def _select(self, model: ir.Model) -> tuple[list[_Weight], list[Table], list[tuple[str, str]]]:
-        opset = opset_of(model)
-        if opset < 13:
+    # --- choosing --------------------------------------------------------------------------------
+
+    def _choice(self, context: Context, extra: dict[str, int] | None = None) -> Choice:
+        tvm = context.target is not None and context.target.runtime is Runtime.TVM
+        zero_points = self.method is Method.HQQ if self.zero_points is None else self.zero_points
+        return Choice(
+            bits=self.bits,
+            block=self.block,
+            zero_points=zero_points,
+            others=self.others,
+            tables=self.tables,
+            bits_of={**(extra or {}), **self._exceptions()},
+            exclude=self.exclude,
+            portable=tvm or context.portable,
+        )
+
+    def _select(
+        self, model: ir.Model, context: Context
+    ) -> tuple[list[StoredWeight], list[tuple[str, str]]]:
+        if opset_of(model) < 13:
             raise UsageError(
-                f"Opset {opset} has no per-channel DequantizeLinear",
+                f"Opset {opset_of(model)} has no per-channel DequantizeLinear",
                 where=f"pass {self.name!r}",
                 fix="load the model with edgepass.load, which converts old opsets",
             )
         require_types(model)
-        weights: list[_Weight] = []
-        refused: list[tuple[str, str]] = []
-        for node in (n for graph in graph_tree(model.graph) for n in graph):
-            if not is_onnx_op(node, *_OPERATORS):
-                continue
-            if node.op_type in self.exclude or (node.name or "") in self.exclude:
-                refused.append((describe_node(node), "excluded by option"))
-                continue
-            inside = node.graph is not model.graph
-            for index in _weight_inputs(node):
-                weight = self._weight(node, index, opset, inside)
-                if isinstance(weight, _Weight):
-                    weights.append(weight)
-                elif weight:
-                    refused.append((describe_node(node), weight))
-        return weights, list(lookup_tables(model, self.exclude)), refused
+        found = find_weights(model, self._choice(context))
+        if self.average_bits:
+            chosen = self._spread(model, found.weights, context)
+            found = find_weights(model, self._choice(context, chosen))
+        return found.weights, found.refused
 
-    def _weight(self, node: ir.Node, index: int, opset: int, inside: bool) -> _Weight | str:
-        """How to store a weight of the node; why not; or '' where there is none."""
-        value = node.inputs[index]
-        tensor = constant_tensor(value)
-        if value is None or tensor is None:
-            return ""
-        if tensor.dtype != ir.DataType.FLOAT:
-            return "its weight is not float32"
-        if tensor.size < MIN_ELEMENTS:
-            return f"its weight has fewer than {MIN_ELEMENTS} elements"
-        rank = len(tensor.shape)
-        axis = weight_channel_axis(node, index)
-        assert axis is not None
-        per_channel = QuantSpec(ir.DataType.INT8, True, PerChannel(axis % rank))
-        matrix = node.op_type in ("MatMul", "Gemm") and rank == 2 and index == 1
-        if not matrix or inside:
-            folded = dataclasses.replace(per_channel, zero_points=False, folded=True)
-            return _Weight(node, index, folded)
-        if self.bits == 8 and not self.block:
-            return _Weight(node, index, per_channel)
-        along = 1 - axis % rank
-        size = self.block or DEFAULT_BLOCK
-        dtype = ir.DataType.INT8 if self.bits == 8 else ir.DataType.INT4
-        spec = QuantSpec(dtype, True, PerBlock(size, along), zero_points=False)
-        if opset >= _BLOCKED_OPSET:
-            return _Weight(node, index, spec)
-        if node.op_type == "MatMul":
-            return _Weight(node, index, dataclasses.replace(spec, padded=True), contrib=True)
-        return _Weight(node, index, per_channel)
+    def _spread(
+        self, model: ir.Model, weights: list[StoredWeight], context: Context
+    ) -> dict[str, int]:
+        """Bits by the name of each weight that only products read."""
+        free = [w for w in weights if w.products and len(w.shape) == 2 and w.form is not Form.ROWS]
+        free = [w for w in free if all(r.node.op_type != "Gather" for r in w.reads)]
+        moments = {}
+        if context.calibration and not any(is_absent(constant_tensor(w.value)) for w in free):
+            moments = second_moments(model, free, context.calibration)
+        chosen = spread_bits(free, moments, nbits.WIDTHS, self.average_bits)
+        return {item.value.name or "": bits for item, bits in chosen.items()}
 
-    def _plan(
-        self, weights: list[_Weight], tables: list[Table], notes: list[tuple[str, str]]
-    ) -> QuantPlan:
-        entries = {w.value.name or "": w.spec for w in weights}
-        covered = Counter(w.value.name or "" for w in weights)
-        forms: dict[str, set[tuple[QuantSpec, bool]]] = {}
-        for w in weights:
-            forms.setdefault(w.value.name or "", set()).add((w.spec, w.contrib))
-        entries.update((t.value.name or "", t.spec) for t in tables)
-        block = f" block {self.block or DEFAULT_BLOCK}" if self.block or self.bits == 4 else ""
+    def _plan(self, weights: list[StoredWeight], refused: list[tuple[str, str]]) -> QuantPlan:
+        forms: dict[str, set[QuantSpec]] = {}
+        read: Counter[str] = Counter()
+        for item in weights:
+            name = item.value.name or ""
+            forms.setdefault(name, set()).add(item.spec)
+            sources = {
+                (r.node, r.index) if r.through is None else (r.through, 0) for r in item.reads
+            }
+            read[name] += len(sources)
+        block = f" block {self.block or DEFAULT_BLOCK}" if self.block or self.bits < 8 else ""
+        values = {w.value for w in weights}
         return QuantPlan(
             label=f"weights int{self.bits}{block}",
-            entries=entries,
+            entries={w.value.name or "": w.spec for w in weights},
             copies={name: len(found) for name, found in forms.items() if len(found) > 1},
             kept=frozenset(
-                w.value.name or ""
-                for w in weights
-                if len(w.value.uses()) > covered[w.value.name or ""] or w.value.is_graph_output()
+                v.name or ""
+                for v in values
+                if len(v.uses()) > read[v.name or ""] or v.is_graph_output()
             ),
-            notes=tuple(notes),
+            notes=tuple(refused),
         )
 
 
-def _weight_inputs(node: ir.Node) -> tuple[int, ...]:
-    if node.op_type in ("LSTM", "GRU", "RNN"):
-        return (1, 2)
-    if node.op_type == "MatMul" and constant_tensor(node.inputs[1]) is None:
-        return (0,)
-    return (1,)
+_CODED = (Form.BLOCKS, Form.PACKED)
 
 
-def _write(model: ir.Model, weights: list[_Weight]) -> None:
-    """before: MatMul(x, W) -> y      after: MatMul(x, DequantizeLinear(W8)) -> y
-
-    What is no matrix of a MatMul or Gemm: see `store_folded`.
-    """
-    editor = Editor()
-    folded: Shared = {}
-    affines = {(w.value, w.spec): _affine(w) for w in weights if w.spec.folded}
-    stored: dict[tuple[ir.Value, QuantSpec], Stored] = {}
-    replaced = dict.fromkeys(w.value for w in weights)
+def _summary(plan: QuantPlan, weights: list[StoredWeight]) -> str:
+    """`weights int4 block 32: 36 MatMul, 1 Gather (8 bits)`."""
+    counts: Counter[tuple[str, int]] = Counter()
     for item in weights:
-        key = item.value, item.spec
-        if item.spec.folded:
-            store_folded(editor, item.node, item.index, item.spec, affines[key], folded)
-            continue
-        if key not in stored:
-            stored[key] = (
-                _store_for_contrib(editor, item)
-                if item.contrib
-                else store(editor, item.node, item.value, item.spec, _affine(item))
-            )
-        if item.contrib:
-            _to_contrib(model, editor, item, stored[key])
-        else:
-            dequantize(editor, item.node, item.index, stored[key], item.spec)
-    for value in replaced:
-        drop_unused_constant(value)
+        for node in dict.fromkeys(read.node for read in item.reads):
+            counts[node.op_type, item.spec.width] += 1
+    text = ", ".join(f"{n} {op} in {bits} bits" for (op, bits), n in sorted(counts.items()))
+    elements = sum(_elements(item) for item in weights)
+    stored = sum(_elements(item) * _bits_stored(item) for item in weights)
+    return f"{plan.label}: weights of {text}; {stored / elements:.2f} bits an element with scales"
 
 
-def _affine(item: _Weight) -> Affine | None:
-    tensor = constant_tensor(item.value)
-    assert tensor is not None
-    return None if is_absent(tensor) else weight_affine(tensor.numpy(), item.spec)
+def _elements(item: StoredWeight) -> int:
+    total = 1
+    for dim in item.shape:
+        total *= dim
+    return total
 
 
-# --- the MatMulNBits form, for opsets without blocked DequantizeLinear -------------------------
-
-
-def _store_for_contrib(editor: Editor, item: _Weight) -> tuple[ir.Value, ir.Value, None]:
-    """uint8 [N, blocks, bytes a block] and float32 [N * blocks], as MatMulNBits reads them.
-
-    A column's blocks lie together, the low nibble first, integers offset to be unsigned; the last
-    block is padded with the offset, which stands for zero.
-    """
-    tensor = constant_tensor(item.value)
-    assert tensor is not None
-    assert isinstance(item.spec.granularity, PerBlock)
-    depth, columns = (int(d) for d in tensor.shape.numpy())
-    size, bits = item.spec.granularity.size, item.spec.dtype.bitwidth
-    blocks = -(-depth // size)
-    shape = (columns, blocks, size * bits // 8)
-    data: np.ndarray | ir.TensorProtocol
-    scales: np.ndarray | ir.TensorProtocol
-    if is_absent(tensor):
-        data = absent(ir.DataType.UINT8, shape)
-        scales = absent(ir.DataType.FLOAT, (columns * blocks,))
-    else:
-        array = tensor.numpy()
-        affine = weight_affine(array, item.spec)
-        offset = 1 << (bits - 1)
-        integers: np.ndarray = np.full((columns, blocks * size), offset, np.uint8)
-        signed = quantize(array, affine, item.spec).astype(np.int16)
-        integers[:, :depth] = (signed + offset).T
-        if bits == 4:
-            integers = integers[:, ::2] | integers[:, 1::2] << 4
-        data = np.ascontiguousarray(integers.reshape(shape))
-        scales = np.ascontiguousarray(affine.scale.T.reshape(-1))
-    base = item.value.name or "weight"
-    return (
-        editor.initializer(item.node, f"{base}/int{bits}", data),
-        editor.initializer(item.node, f"{base}/scale", scales),
-        None,
-    )
-
-
-def _to_contrib(
-    model: ir.Model,
-    editor: Editor,
-    item: _Weight,
-    stored: Stored,
-) -> None:
-    tensor = constant_tensor(item.value)
-    assert tensor is not None
-    assert isinstance(item.spec.granularity, PerBlock)
-    depth, columns = (int(d) for d in tensor.shape.numpy())
-    result = item.node.outputs[0]
-    node = ir.Node(
-        CONTRIB_DOMAIN,
-        "MatMulNBits",
-        [item.node.inputs[0], stored[0], stored[1]],
-        ir.convenience.convert_attributes(
-            {
-                "K": depth,
-                "N": columns,
-                "bits": item.spec.dtype.bitwidth,
-                "block_size": item.spec.granularity.size,
-                # 8-bit activations inside the kernel: 3x faster than float ones on x86-64, and
-                # what ONNX Runtime itself chooses for blocked DequantizeLinear.
-                "accuracy_level": 4,
-            }
-        ),
-        num_outputs=1,
-        name=item.node.name,
-    )
-    node.outputs[0].type, node.outputs[0].shape = result.type, result.shape
-    node.outputs[0].name = fresh_name(model.graph, f"{result.name}/nbits")
-    editor.insert_before(item.node, node)
-    editor.replace_node(item.node, node.outputs[0])
-    model.opset_imports.setdefault(CONTRIB_DOMAIN, 1)
+def _bits_stored(item: StoredWeight) -> float:
+    """Bits an element, its share of scales and zero points included."""
+    each = 32.0 + (item.spec.width if item.spec.zero_points else 0)
+    found = item.spec.granularity
+    if isinstance(found, PerBlock):
+        return item.spec.width + each / found.size
+    return item.spec.width + each * item.shape[item.axis] / _elements(item)
