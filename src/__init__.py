@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from .errors import EdgepassError as EdgepassError
     from .evaluation.evaluation import Evaluation as Evaluation
     from .evaluation.evaluation import evaluate as evaluate
+    from .evaluation.internals import Internals as Internals
+    from .evaluation.internals import inspect as inspect
     from .evaluation.metrics import PerSample as PerSample
     from .evaluation.report import Report as Report
     from .ir.match import any_of as any_of
@@ -77,6 +79,8 @@ _HOMES = {
     "evaluate": ("evaluation.evaluation", "evaluate"),
     "PerSample": ("evaluation.metrics", "PerSample"),
     "Report": ("evaluation.report", "Report"),
+    "Internals": ("evaluation.internals", "Internals"),
+    "inspect": ("evaluation.internals", "inspect"),
     "any_of": ("ir.match", "any_of"),
     "const": ("ir.match", "const"),
     "op": ("ir.match", "op"),

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from . import build, estimating, evaluating, look, optimizing
+from . import build, estimating, evaluating, inspecting, look, optimizing
 
 app = typer.Typer(
     name="edgepass",
@@ -46,7 +46,9 @@ for command in (
     estimating.calibrate,
     estimating.profiles,
     build.run,
+    inspecting.inspect,
     evaluating.evaluate,
+    sweeping.sweep,
     look.targets,
     look.passes,
     look.show,

@@ -1,0 +1,294 @@
+"""The places where `inspect` measures: a value of the original, the candidate's, and the sums.
+
+Here: `Site`, made from pairs, with the channels, quantizer, weights and inputs of Concats that
+belong to it; and the gains of values that a candidate holds in other units. Not here: the runs over
+the data (`internals`), judging (`internals_causes`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from ..ir.graph import is_onnx_op
+from ..ir.ops import Category, facts, is_elementwise
+from ..targets.onnxruntime import OrtRunner
+from .drift import Drift, Extent, Histogram, Rounding
+from .internals_graph import (
+    FLOATS,
+    Quantizer,
+    Side,
+    forced_session,
+    is_layer,
+    is_matrix,
+    odd_pairs,
+    quantizer_of,
+    region,
+    seen_of,
+    weight_inputs,
+)
+from .internals_match import Pair, as_dtype, pre_activation
+from .internals_weights import WeightDrift, collect, compare_weights, paired_weights
+
+_SPATIAL = (Category.CONVOLUTION, Category.POOLING)
+_RESCALED = 0.2
+"""log2 of a channel's gain from which a value may be in other units."""
+
+
+@dataclasses.dataclass(eq=False)
+class Site:
+    """One matched value, and what is measured there.
+
+    `raw_of` is what of the original the value before its Q is compared with; `seen` what the
+    candidate's readers get; `gains` by channel where the candidate's units are others; `matrices`
+    the original's nodes with weights that make it. `half_inside`: 16-bit floats on the way to it.
+    `odd`: values whose DequantizeLinear, on the way, has another scale than its QuantizeLinear.
+    `mixed`: inputs of a Concat that share this value's scale.
+    """
+
+    pair: Pair
+    node: str
+    op: str
+    axis: int | None
+    rank: int
+    raw_of: str
+    seen: str
+    dtype: ir.DataType
+    quantizer: Quantizer | None
+    is_input: bool
+    has_layer: bool
+    matrices: tuple[str, ...] = ()
+    half_inside: bool = False
+    odd: tuple[str, ...] = ()
+    mixed: tuple[str, ...] = ()
+    gains: np.ndarray | None = None
+    weights: tuple[WeightDrift, ...] = ()
+    extent: Extent = dataclasses.field(default_factory=lambda: Extent(None))
+    rounding: Rounding | None = None
+    histograms: tuple[Histogram, Histogram] | None = None
+    mixtures: dict[str, Rounding] = dataclasses.field(default_factory=dict)
+    mixed_extents: dict[str, Extent] = dataclasses.field(default_factory=dict)
+    computed: Drift = dataclasses.field(default_factory=lambda: Drift(None))
+    injected: Drift = dataclasses.field(default_factory=lambda: Drift(None))
+    accumulated: Drift = dataclasses.field(default_factory=lambda: Drift(None))
+
+    def __post_init__(self) -> None:
+        self.extent = Extent(self.axis)
+        self.computed, self.injected, self.accumulated = (Drift(self.axis) for _ in range(3))
+
+    def in_units(self, array: np.ndarray) -> np.ndarray:
+        """An array of the original in the candidate's units."""
+        if self.gains is None or self.axis is None or array.shape[self.axis] != len(self.gains):
+            return array
+        shape = [1] * array.ndim
+        shape[self.axis] = -1
+        scaled: np.ndarray = array * self.gains.astype(array.dtype).reshape(shape)
+        return scaled
+
+
+def make_sites(
+    original: Side, candidate: Side, pairs: Sequence[Pair], feed: Mapping[str, np.ndarray]
+) -> list[Site]:
+    """A site for each pair, in the candidate's order, weights compared."""
+    sites = []
+    for pair in pairs:
+        value, theirs = original.values[pair.original], candidate.values[pair.candidate]
+        maker = value.producer()
+        assert theirs.dtype is not None
+        rank = len(value.shape) if value.shape is not None else 4
+        sites.append(
+            Site(
+                pair=pair,
+                node=(maker.name if maker is not None else "") or pair.original,
+                op=maker.op_type if maker is not None else "input",
+                axis=channel_axis(value),
+                rank=rank,
+                raw_of=pre_activation(original, pair.original, theirs),
+                seen=seen_of(theirs).name or "",
+                dtype=theirs.dtype,
+                quantizer=quantizer_of(theirs),
+                is_input=maker is None,
+                has_layer=is_layer(maker) or is_layer(theirs.producer()),
+                mixed=_mixed(original, value),
+            )
+        )
+    _attach_weights(original, candidate, sites, feed)
+    return sites
+
+
+def channel_axis(value: ir.Value) -> int | None:
+    """Where a value's channels are: axis 1 around convolutions, else the last; None in vectors."""
+    if value.shape is not None and len(value.shape) < 2:
+        return None
+    near: ir.Value | None = value
+    for _ in range(8):
+        if near is None:
+            break
+        maker = near.producer()
+        if maker is not None and _is_spatial(maker):
+            return 1
+        if any(_is_spatial(use.node) and use.idx == 0 for use in near.uses()):
+            return 1
+        if maker is None or not is_elementwise(maker):
+            break
+        near = next((v for v in maker.inputs if v is not None and v.dtype in FLOATS), None)
+    return -1
+
+
+def _is_spatial(node: ir.Node) -> bool:
+    return facts(node).category in _SPATIAL or is_onnx_op(
+        node, "BatchNormalization", "InstanceNormalization", "GroupNormalization"
+    )
+
+
+def _mixed(original: Side, value: ir.Value) -> tuple[str, ...]:
+    """The inputs of the Concat that a value comes from, through moves."""
+    maker = value.producer()
+    while maker is not None and facts(maker).movement_only and not is_onnx_op(maker, "Concat"):
+        source = maker.inputs[0]
+        maker = None if source is None else source.producer()
+    if maker is None or not is_onnx_op(maker, "Concat"):
+        return ()
+    return tuple(v.name or "" for v in maker.inputs if v is not None and v.name in original.values)
+
+
+def _attach_weights(
+    original: Side, candidate: Side, sites: Sequence[Site], feed: Mapping[str, np.ndarray]
+) -> None:
+    stops_o = {original.values[s.pair.original] for s in sites}
+    stops_c = {v for s in sites for v in _names(candidate, s)}
+    ours = {s: region(original.values[s.pair.original], stops_o, original.computed) for s in sites}
+    theirs = {
+        s: region(candidate.values[s.pair.candidate], stops_c, candidate.computed) for s in sites
+    }
+    weights_o = collect(original, [n for nodes in ours.values() for n in nodes], feed)
+    weights_c = collect(candidate, [n for nodes in theirs.values() for n in nodes], feed)
+    halves = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+    for site in sites:
+        site.half_inside = any(v.dtype in halves for n in theirs[site] for v in n.outputs)
+        site.odd = tuple(q.inputs[0].name or "" for q in odd_pairs(theirs[site]) if q.inputs[0])
+        site.matrices = tuple(
+            n.name or n.outputs[0].name or ""
+            for n in ours[site]
+            if any(is_matrix(v) for v in weight_inputs(n, original.computed))
+        )
+        pairs = paired_weights(
+            [w for n in ours[site] for w in weights_o.get(n, ())],
+            [w for n in theirs[site] for w in weights_c.get(n, ())],
+        )
+        site.weights = tuple(compare_weights(a, b) for a, b in pairs if a.array.size)
+
+
+def _names(candidate: Side, site: Site) -> list[ir.Value]:
+    return [candidate.values[site.pair.candidate], candidate.by_name[site.seen]]
+
+
+# --- values in other units -------------------------------------------------------------------
+
+
+def find_gains(
+    candidate: Side,
+    sites: Sequence[Site],
+    reference: Mapping[str, np.ndarray],
+    feed: Mapping[str, np.ndarray],
+) -> None:
+    """Set the gains of values that a candidate holds scaled by channel, to be scaled back later.
+
+    Cross-layer equalization and SmoothQuant divide a value's channels and multiply what reads them.
+    A value counts as such when its channels follow the original's with gains, and what reads it
+    comes nearer to the original once it is fed so: after a wrong weight scale it does not.
+    """
+    plain = _lines(candidate, sites, reference, feed)
+    suspects = [s for s in sites if not s.is_input and _is_scaled(s, plain[s])]
+    if not suspects:
+        return
+    for site in suspects:
+        gain = plain[site].line().gain
+        site.gains = np.where(gain > 1e-6, gain, 1.0)
+    scaled = _lines(candidate, sites, reference, feed)
+    readers = _readers(candidate, sites)
+    for site in suspects:
+        before, after = (
+            sum(_left(lines[reader]) for reader in readers[site]) for lines in (plain, scaled)
+        )
+        if not readers[site] or after > 0.5 * before:
+            site.gains = None
+
+
+def _lines(
+    candidate: Side,
+    sites: Sequence[Site],
+    reference: Mapping[str, np.ndarray],
+    feed: Mapping[str, np.ndarray],
+) -> dict[Site, Drift]:
+    """The drift of each value, before its Q, when fed the original's in the candidate's units."""
+    session, inputs = open_forced(candidate, sites)
+    with session as runner:
+        results = runner.run(forced_feed(sites, inputs, reference, feed))
+    found = {}
+    for site in sites:
+        found[site] = Drift(site.axis)
+        found[site].add(reference[site.raw_of], results[site.pair.candidate])
+    return found
+
+
+def _is_scaled(site: Site, drift: Drift) -> bool:
+    line = drift.line()
+    if len(line.gain) < 2 or drift.broken:
+        return False
+    usable = (line.spread > 0) & (line.gain > 0)
+    if usable.sum() < 2:
+        return False
+    clean = line.residue[usable] < 0.05 * line.gain[usable] ** 2 * line.spread[usable]
+    logs = np.log2(line.gain[usable])
+    apart = np.abs(logs) > _RESCALED
+    return bool(clean.mean() > 0.8 and apart.mean() > 0.2 and np.ptp(logs) > _RESCALED)
+
+
+def _left(drift: Drift) -> float:
+    """The part of a result's variance that no gain and offset by channel explains."""
+    line = drift.line()
+    signal = float(np.sum(line.gain**2 * line.spread))
+    return min(float(np.sum(line.residue)) / signal, 10.0) if signal > 0 else 10.0
+
+
+def _readers(candidate: Side, sites: Sequence[Site]) -> dict[Site, list[Site]]:
+    stops = {v for s in sites for v in _names(candidate, s)}
+    owner = {v: s for s in sites for v in _names(candidate, s)}
+    found: dict[Site, list[Site]] = {s: [] for s in sites}
+    for site in sites:
+        nodes = region(candidate.values[site.pair.candidate], stops, candidate.computed)
+        for source in {owner[v] for n in nodes for v in n.inputs if v in owner}:
+            if source is not site:
+                found[source].append(site)
+    return found
+
+
+# --- feeding -----------------------------------------------------------------------------------
+
+
+def open_forced(
+    candidate: Side, sites: Sequence[Site]
+) -> tuple[OrtRunner, dict[str, tuple[str, np.dtype[Any]]]]:
+    """A session whose layers read the original's values, giving each value before and after Q."""
+    names = [n for s in sites for n in (s.pair.candidate, s.seen)]
+    return forced_session(candidate, {s.pair.candidate: s.rank for s in sites}, names)
+
+
+def forced_feed(
+    sites: Sequence[Site],
+    inputs: Mapping[str, tuple[str, np.dtype]],
+    reference: Mapping[str, np.ndarray],
+    feed: Mapping[str, np.ndarray],
+) -> dict[str, np.ndarray]:
+    """The candidate's feed, with the original's arrays for what is forced."""
+    given = dict(feed)
+    for site in sites:
+        if site.pair.candidate in inputs:
+            key, dtype = inputs[site.pair.candidate]
+            given[key] = as_dtype(site.in_units(reference[site.pair.original]), dtype)
+    return given
