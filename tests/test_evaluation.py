@@ -471,6 +471,20 @@ def test_fingerprint_is_of_the_content():
     assert len({made(), *others}) == len(others) + 1
 
 
+def test_an_iterator_that_was_hashed_can_be_read_again(model):
+    evaluation = Evaluation(data=iter(DATA["tuples"]), metrics=["accuracy"])
+    assert evaluation.fingerprint() == evaluation.fingerprint()
+    assert evaluation.run(model, {}).samples == evaluation.run(model, {}).samples == 60
+
+
+def test_stacks_are_hashed_with_what_belongs_to_them(tmp_path):
+    np.savez(tmp_path / "a.npz", x=X, labels=LABELS, rate=np.array(16000))
+    np.savez(tmp_path / "b.npz", x=X, labels=LABELS[::-1], rate=np.array(16000))
+    prints = [Evaluation(data=tmp_path / f"{name}.npz").fingerprint() for name in "ab"]
+    stacks = {"x": X, "labels": LABELS, "rate": np.array(16000)}
+    assert Evaluation(data=stacks).fingerprint() == prints[0] != prints[1]
+
+
 def test_a_remembered_runner_runs_once(tmp_path):
     for folder in (None, tmp_path / "cache"):
         runner = Scores(*one_hot(0, 1, 2))

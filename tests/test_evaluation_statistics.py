@@ -271,6 +271,11 @@ def test_metrics_equal_their_references():
         rows = rng.dirichlet(np.ones(4), 50)
         expected = sklearn.roc_auc_score(classes, rows, multi_class="ovr")
         assert auc(rows, classes) == pytest.approx(expected)
+        assert auc(np.log(rows) * 3 + 1, classes) == pytest.approx(
+            sklearn.roc_auc_score(
+                classes, rows**3 / (rows**3).sum(1, keepdims=True), multi_class="ovr"
+            )
+        )
         expected = sklearn.f1_score(classes, rows.argmax(1), average="macro")
         assert f1(rows, classes) == pytest.approx(expected)
         broken, mended = rng.integers(0, 12, 2)

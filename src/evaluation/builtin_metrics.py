@@ -12,14 +12,22 @@ from typing import Any
 import numpy as np
 
 from ..errors import UsageError
-from .metrics import Decided, Metric, PerSample, Whole, as_decisions, is_probabilities
+from .metrics import (
+    Decided,
+    Metric,
+    PerSample,
+    Whole,
+    as_decisions,
+    as_probabilities,
+    is_probabilities,
+)
 
 # --- ranking -----------------------------------------------------------------------------------
 
 
 def auc(predictions: Any, labels: Any) -> float:
     """Area under the ROC curve, ties counted half (Mann-Whitney); over several classes, the mean
-    of each against the rest."""
+    of each against the rest by probability (scores that are not probabilities are softmaxed)."""
     return float(_over_classes(predictions, labels, np.ones((1, len(labels))), _plain_auc)[0])
 
 
@@ -46,6 +54,8 @@ def _over_classes(predictions: Any, labels: Any, weights: np.ndarray, binary: An
     if scores.ndim == 2:
         classes = range(scores.shape[1])
         positive = truth.astype(bool) if truth.ndim == 2 else truth[:, None] == np.array(classes)
+        if truth.ndim == 1:
+            scores = as_probabilities(scores)
         each = [
             binary(scores[:, c], positive[:, c], weights) for c in classes if positive[:, c].any()
         ]

@@ -118,10 +118,15 @@ class Evaluation:
 
         Not of `limits` and `confident`, which `judge` applies to what was measured. Reads all data
         once; the order of samples does not matter. Functions count by their code and what they
-        close over, not by what they call.
+        close over, not by what they call. An iterator that can be read only once is kept as a list
+        from then on.
         """
         from .fingerprint import fingerprint
 
+        if isinstance(self.data, Iterator):
+            object.__setattr__(self, "data", list(self.data))
+        if isinstance(self.labels, Iterator):
+            object.__setattr__(self, "labels", list(self.labels))
         return fingerprint(self)
 
     def samples(self, runner: Any = None) -> Iterator[Any]:

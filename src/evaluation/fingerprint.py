@@ -9,8 +9,12 @@ import functools
 import hashlib
 import inspect
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from ..npz import read_npz
 from .data import samples_of
 from .metrics import Decided, PerSample, Whole, direction_of
 from .runners import digest
@@ -30,12 +34,7 @@ def fingerprint(evaluation: Evaluation) -> str:
     """
     state = hashlib.sha256()
     rules = {**evaluation.slices, "": evaluation.group}
-    apart = {name: rule for name, rule in rules.items() if hasattr(rule, "__len__")}
-    hashes = []
-    for sample in samples_of(evaluation, None):
-        values = [rule if isinstance(rule, str) else rule[sample.index] for rule in apart.values()]
-        hashes.append(digest([sample.feed, sample.label, sample.extra, values]))
-    state.update("".join(sorted(hashes)).encode())
+    state.update("".join(sorted(_hashes(evaluation, rules))).encode())
     metrics = evaluation.metrics
     if not isinstance(metrics, Mapping):
         metrics = {str(name): name for name in metrics}
@@ -51,6 +50,28 @@ def fingerprint(evaluation: Evaluation) -> str:
     for option in _FUNCTIONS:
         state.update(f"{option} {describe(getattr(evaluation, option))}".encode())
     return state.hexdigest()[:32]
+
+
+def _hashes(evaluation: Evaluation, rules: Mapping[str, Any]) -> list[str]:
+    """One a sample, in which its label and its entries of sequences beside the data are; stacks are
+    hashed as a whole."""
+    apart = [rule for rule in rules.values() if hasattr(rule, "__len__")]
+    data = evaluation.data
+    if isinstance(data, str | Path) and Path(data).is_file():
+        data = read_npz(Path(data))
+    if isinstance(data, Mapping | np.ndarray):
+        return [digest([data, evaluation.labels, apart])]
+    return [
+        digest(
+            [
+                sample.feed,
+                sample.label,
+                sample.extra,
+                [rule if isinstance(rule, str) else rule[sample.index] for rule in apart],
+            ]
+        )
+        for sample in samples_of(evaluation, None)
+    ]
 
 
 def describe(function: Any, depth: int = 3) -> str:
