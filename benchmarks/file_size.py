@@ -21,7 +21,10 @@ from edgepass.measuring import apply_recipe, saved_bytes
 from edgepass.passes.base import Context
 from edgepass.passes.probe import working_sample
 
-RECIPES = "fp32,fp16,bf16,int8,dynamic-int8,int8-weights,int4-weights,prune50+int8"
+RECIPES = (
+    "fp32,fp16,bf16,int8,dynamic-int8,int8-weights,int4-weights,prune50+int8,"
+    "int4-gptq,int3-weights,palette4,fp8-weights"
+)
 
 
 def main() -> None:

@@ -93,6 +93,14 @@ RECIPES: dict[str, Recipe] = {
         Recipe("dynamic-int8", "int8_dynamic", "weights in 8 bits, activations quantized per run"),
         Recipe("int8-weights", "weight_only{bits=8}", "weights stored in 8 bits, float arithmetic"),
         Recipe("int4-weights", "weight_only{bits=4}", "MatMul weights stored in 4 bits, in blocks"),
+        Recipe(
+            "int4-gptq",
+            "weight_only{bits=4,method=gptq}",
+            "as int4-weights, rounded for what they are multiplied by; needs calibration samples",
+        ),
+        Recipe("int3-weights", "weight_only{bits=3}", "MatMul weights packed in 3 bits, in blocks"),
+        Recipe("palette4", "palettize{bits=4}", "weights as 4-bit indices into codebooks"),
+        Recipe("fp8-weights", "fp8", "weights stored in 8-bit floats, float arithmetic"),
     )
 }
 

@@ -34,6 +34,7 @@ _MAX_ALLOWANCE = 64 << 10
 _TOTAL_SHARE = 10
 _SCRATCH = 64 << 20
 _MAX_CHAIN = 64
+_WEIGHT_ELEMENTS = 256
 _VIEWED_BYTES = 64 << 10
 _FOREIGN = frozenset({ir.DataType.STRING, ir.DataType.UNDEFINED})
 
@@ -285,8 +286,25 @@ def _foldable(node: ir.Node) -> bool:
         return False
     if any(not isinstance(v.type, ir.TensorType) for v in node.outputs):
         return False
+    if node.op_type in ("Cast", "BitShift") and _is_small_weight(node):
+        return False
     # an Identity that returns a constant from the graph is already as folded as can be
     return not (is_onnx_op(node, "Identity") and node.outputs[0].is_graph_output())
+
+
+def _is_small_weight(node: ir.Node) -> bool:
+    """Whether a weight of 8 bits or fewer is unpacked: as with DequantizeLinear, its form."""
+    tensor = constant_tensor(node.inputs[0])
+    if tensor is None or tensor.size * 8 < _WEIGHT_ELEMENTS or tensor.dtype in _FOREIGN:
+        return False
+    if node.op_type == "Cast" and tensor.size < _WEIGHT_ELEMENTS:
+        return False
+    to = ir.DataType(attribute(node, "to", tensor.dtype))
+    return (
+        tensor.dtype.bitwidth <= 8
+        and tensor.dtype != ir.DataType.BOOL
+        and (node.op_type == "BitShift" or to.bitwidth > tensor.dtype.bitwidth)
+    )
 
 
 def _result_bytes(node: ir.Node) -> int | None:

@@ -69,7 +69,10 @@ class WeightOnly(Pass):
     float_inputs: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "method", Method(self.method))
+        try:
+            object.__setattr__(self, "method", Method(self.method))
+        except ValueError:
+            raise self._wrong("method", f"{self.method!r}", ", ".join(Method)) from None
         for option in ("bits", "others", "tables"):
             if getattr(self, option) not in _WIDTHS:
                 raise self._wrong(option, f"{getattr(self, option)} bits", "2 to 8")
