@@ -1,9 +1,10 @@
 """Dynamic int8: weights in 8 bits, activations quantized while the model runs; no calibration.
 
-Here: the pass `int8_dynamic`, for MatMul and Gemm with constant weights (language models). The
-product is a MatMulInteger: ONNX Runtime 1.32 makes DynamicQuantizeMatMul (one reader) or
-MatMulIntegerToFloat of it. The Q/DQ form is as fast, but there the runtime first
-merges a product of matrices and its bias into a float Gemm.
+Here: the pass `int8_dynamic`, for MatMul and Gemm with constant weights (language models), in
+branches and loop bodies too. The product is a MatMulInteger: ONNX Runtime 1.32 makes
+DynamicQuantizeMatMul (one reader) or MatMulIntegerToFloat of it. The Q/DQ form is as fast, but
+there the runtime first merges a product of matrices and its bias into a float Gemm. Not here:
+LSTMs, tables and the weights of what stays float (`beside`).
 """
 
 from __future__ import annotations
@@ -23,19 +24,21 @@ from ...ir.graph import (
     constant_tensor,
     describe_node,
     fresh_name,
+    graph_tree,
+    index_names,
     is_absent,
     is_onnx_op,
     opset_of,
 )
-from ...ir.ops import Category, facts
 from ...ir.quant import PerChannel, PerTensor, QuantPlan, QuantSpec, is_dequantize
 from ...targets.target import Target
 from ..base import Context, Pass, PassResult, Stage
+from .beside import Beside, BesideOptions, LeftOver, options
 from .known_types import require_types
 from .notes import refusal_notes
 from .numbers import weight_affine
-from .qdq import Stored, absent, drop_unused_constant, store
-from .tables import lookup_tables, write_tables
+from .qdq import Stored, absent, drop_unused_constant, home_of, store
+from .recurrent import Recurrent
 
 MIN_ELEMENTS = 1024
 """Smaller weights lose more in quantizing the activation than the integer product wins."""
@@ -43,10 +46,12 @@ MIN_ELEMENTS = 1024
 
 @dataclasses.dataclass(frozen=True)
 class DynamicInt8(Pass):
-    """Dynamic int8 for MatMul and Gemm: activations are quantized at run time; no calibration.
+    """Dynamic int8 for MatMul, Gemm, LSTM: activations are quantized at run time; no calibration.
 
     `per_channel`: a scale for each output column of a weight. `exclude`: names of nodes or operator
-    types to keep float.
+    types to keep float. `recurrent`: LSTMs in integers where that is faster ("auto"), "always" or
+    "never". `leftovers`: "stored", weights of other operators (Conv, GRU) are 8 bits in the file
+    and unpacked when the model is loaded, or "float".
     """
 
     name = "int8_dynamic"
@@ -56,11 +61,17 @@ class DynamicInt8(Pass):
 
     per_channel: bool = True
     exclude: tuple[str, ...] = ()
+    recurrent: str = Recurrent.AUTO.value
+    leftovers: str = LeftOver.STORED.value
+
+    def __post_init__(self) -> None:
+        self._beside()
 
     def plan(self, model: ir.Model, context: Context) -> QuantPlan:
         """What the pass would make of each value. Weights may be absent; nothing changes."""
         nodes, notes = self._select(model)
-        return self._plan(model, nodes, notes)
+        beside = Beside(model, context, self._beside(), nodes)
+        return beside.extend(self._plan(nodes, notes))
 
     def preview(self, model: ir.Model, context: Context) -> PassResult:
         """As `run`, also on an architecture without weights, whose tensors stay absent."""
@@ -70,24 +81,25 @@ class DynamicInt8(Pass):
         """See `Pass.run`.
 
         Raises:
-            UsageError: the opset is below 13.
+            UsageError: the opset is below 11.
         """
         nodes, refused = self._select(model)
-        plan = self._plan(model, nodes, refused)
-        tables = list(lookup_tables(model, self.exclude))
-        if not nodes and not tables:
-            return PassResult(
-                model,
-                False,
-                ("nothing to quantize: no MatMul or Gemm with weights", *refusal_notes(plan)),
-            )
-        counts = Counter(node.op_type for node in nodes)
-        if tables:
-            counts["Gather"] = len(tables)
-        _Writer(model, self, _reduced(context.target)).write(nodes)
-        write_tables(model, tables)
-        text = ", ".join(f"{count} {op}" for op, count in sorted(counts.items()))
-        return PassResult(model, True, (f"{plan.label}: {text}", *refusal_notes(plan)))
+        beside = Beside(model, context, self._beside(), nodes)
+        plan = self._plan(nodes, [*refused, *beside.refused])
+        if not nodes and not beside:
+            text = "nothing to quantize: no MatMul, Gemm or LSTM with weights"
+            return PassResult(model, False, (text, *refusal_notes(plan)))
+        index_names(model)
+        _Writer(self, _reduced(context.target)).write(nodes)
+        notes = beside.write(context.target)
+        if nodes:
+            counts = Counter(node.op_type for node in nodes)
+            text = ", ".join(f"{count} {op}" for op, count in sorted(counts.items()))
+            notes = (f"{plan.label}: {text}", *notes)
+        return PassResult(model, True, (*notes, *refusal_notes(plan)))
+
+    def _beside(self) -> BesideOptions:
+        return options(self.name, self.exclude, self.recurrent, self.leftovers, self.per_channel)
 
     def spec(self, node: ir.Node) -> QuantSpec:
         """How the weight of a node is stored, in the layout [in, out] that MatMul reads."""
@@ -100,18 +112,16 @@ class DynamicInt8(Pass):
 
     def _select(self, model: ir.Model) -> tuple[list[ir.Node], list[tuple[str, str]]]:
         opset = opset_of(model)
-        if opset < 13:
+        if opset < 11:
             raise UsageError(
-                f"Opset {opset} has no per-channel DequantizeLinear",
+                f"Opset {opset} has no DynamicQuantizeLinear",
                 where=f"pass {self.name!r}",
                 fix="load the model with edgepass.load, which converts old opsets",
             )
         require_types(model)
         chosen, refused = [], []
-        for node in model.graph:
-            if facts(node).category is Category.RECURRENT:
-                refused.append((describe_node(node), "recurrent layers stay float"))
-            elif is_onnx_op(node, "Conv"):
+        for node in (n for graph in graph_tree(model.graph) for n in graph):
+            if is_onnx_op(node, "Conv"):
                 refused.append((describe_node(node), "a Conv is faster in float than so"))
             if not is_onnx_op(node, "MatMul", "Gemm"):
                 continue
@@ -142,9 +152,7 @@ class DynamicInt8(Pass):
             return "Gemm with transA, alpha or beta"
         return ""
 
-    def _plan(
-        self, model: ir.Model, nodes: list[ir.Node], notes: list[tuple[str, str]]
-    ) -> QuantPlan:
+    def _plan(self, nodes: list[ir.Node], notes: list[tuple[str, str]]) -> QuantPlan:
         entries: dict[str, QuantSpec] = {}
         covered: Counter[str] = Counter()
         forms: dict[str, set[bool]] = {}
@@ -164,7 +172,6 @@ class DynamicInt8(Pass):
             if (v := node.inputs[1]) is not None
             and (len(v.uses()) > covered[v.name or ""] or v.is_graph_output())
         }
-        entries.update((t.value.name or "", t.spec) for t in lookup_tables(model, self.exclude))
         return QuantPlan(
             label=f"int8 dynamic {'per-channel' if self.per_channel else 'per-tensor'}",
             entries=entries,
@@ -181,13 +188,11 @@ class _Writer:
             MatMulInteger(x8, W8, z) -> Cast -> Mul(s * scales of W) -> y
     """
 
-    def __init__(self, model: ir.Model, item: DynamicInt8, reduce_range: bool) -> None:
-        self.model = model
-        self.graph = model.graph
+    def __init__(self, item: DynamicInt8, reduce_range: bool) -> None:
         self.item = item
         self.reduce_range = reduce_range
         self.editor = Editor()
-        self.quantized: dict[ir.Value, ir.Node] = {}
+        self.quantized: dict[tuple[object, ir.Value], ir.Node] = {}
         self.stored: dict[tuple[ir.Value, bool], Stored] = {}
 
     def write(self, nodes: list[ir.Node]) -> None:
@@ -209,7 +214,7 @@ class _Writer:
         assert tensor is not None
         source = weight
         if transposed:
-            source = self._transposed(weight, tensor)
+            source = self._transposed(node, weight, tensor)
             tensor = constant_tensor(source)
             assert tensor is not None
         affine = (
@@ -222,14 +227,15 @@ class _Writer:
             drop_unused_constant(source)
         return self.stored[key]
 
-    def _transposed(self, weight: ir.Value, tensor: ir.TensorProtocol) -> ir.Value:
+    @staticmethod
+    def _transposed(node: ir.Node, weight: ir.Value, tensor: ir.TensorProtocol) -> ir.Value:
         shape = tuple(int(d) for d in tensor.shape.numpy())[::-1]
         data = (
             absent(tensor.dtype, shape)
             if is_absent(tensor)
             else np.ascontiguousarray(tensor.numpy().T)
         )
-        return add_initializer(self.graph, f"{weight.name}/transposed", data)
+        return add_initializer(home_of(weight, node), f"{weight.name}/transposed", data)
 
     def _multiply(self, node: ir.Node, quantized: ir.Node, stored: Stored) -> None:
         result = node.outputs[0]
@@ -262,16 +268,17 @@ class _Writer:
         value = node.outputs[0]
         value.type = ir.TensorType(dtype)
         value.shape = None if like.shape is None else ir.Shape(list(like.shape.dims))
-        value.name = node.name = fresh_name(self.graph, f"{like.name}/{op_type}")
+        value.name = node.name = fresh_name(_graph(anchor), f"{like.name}/{op_type}")
         self.editor.insert_before(anchor, node)
         return value
 
     def _quantize_input(self, node: ir.Node) -> ir.Node:
-        """One DynamicQuantizeLinear for all readers of a value, before the first."""
+        """One DynamicQuantizeLinear for a graph's readers of a value, before the first."""
         value = node.inputs[0]
         assert value is not None
-        if value in self.quantized:
-            return self.quantized[value]
+        key = node.graph, value
+        if key in self.quantized:
+            return self.quantized[key]
         quantized = ir.Node("", "DynamicQuantizeLinear", [value], num_outputs=3)
         shape = None if value.shape is None else list(value.shape.dims)
         kinds: tuple[tuple[str, ir.DataType, list[Dim] | None], ...] = (
@@ -280,13 +287,19 @@ class _Writer:
             ("zero_point", ir.DataType.UINT8, []),
         )
         for output, (suffix, dtype, dims) in zip(quantized.outputs, kinds, strict=True):
-            output.name = fresh_name(self.graph, f"{value.name}/{suffix}")
+            output.name = fresh_name(_graph(node), f"{value.name}/{suffix}")
             output.type = ir.TensorType(dtype)
             output.shape = None if dims is None else ir.Shape(dims)
         quantized.name = quantized.outputs[0].name
         self.editor.insert_before(node, quantized)
-        self.quantized[value] = quantized
+        self.quantized[key] = quantized
         return quantized
+
+
+def _graph(node: ir.Node) -> ir.Graph:
+    graph = node.graph
+    assert isinstance(graph, ir.Graph)
+    return graph
 
 
 def _is_transposed(node: ir.Node) -> bool:

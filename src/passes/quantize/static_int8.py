@@ -8,21 +8,26 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Mapping
 
 import onnx_ir as ir
 
 from ...errors import PassOptionError
+from ...ir.graph import graph_tree
 from ...ir.quant import INTEGER_OPS, QuantPlan
 from ...targets.target import QuantScheme, Target
 from ..base import Context, Pass, PassResult, Stage
+from .beside import Beside, BesideOptions, LeftOver, options
 from .biases import merge_biases
 from .calibrate import Observer, observe
+from .corrections import Corrections, Rounding, add_missing_biases, correct
 from .known_types import require_types
 from .notes import refusal_notes
+from .numbers import Range
 from .plan import DEFAULT_OPS, Int8Layout, PlanOptions, lay_out
-from .qdq import write_qdq
+from .qdq import Ready, write_qdq
+from .recurrent import Recurrent
 from .scheme import AUTO, check_scheme_name, for_opset, resolve_scheme
-from .tables import lookup_tables, write_tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +39,14 @@ class StaticInt8(Pass):
     made of calibration values. `exclude`: names of nodes or operator types to keep float. `ops`:
     operators that may run in integers. `attention`: also MatMuls of two activations (measured on
     MiniLM: no faster). Embedding tables are stored in 8 bits unless "Gather" is excluded.
+    `bias_correction`: the mean error of each output channel on the calibration data goes into its
+    bias. `rounding`: "nearest", or "adaround": up or down as serves each layer's result (minutes
+    for large models). `reconstruct`: solves each layer's weights again, by least squares, for the
+    inputs that the quantized layers before it make.
+    `recurrent`: LSTMs in integers, quantized while they run, where that is faster ("auto"),
+    "always" or "never". `leftovers`: "stored", weights of what can't run in integers (GRU,
+    ConvTranspose, branches that calibration never ran) are 8 bits in the file and unpacked when the
+    model is loaded, or "float".
     """
 
     name = "int8"
@@ -47,8 +60,21 @@ class StaticInt8(Pass):
     exclude: tuple[str, ...] = ()
     ops: tuple[str, ...] = DEFAULT_OPS
     attention: bool = False
+    recurrent: str = Recurrent.AUTO.value
+    leftovers: str = LeftOver.STORED.value
+
+    bias_correction: bool = False
+    rounding: str = Rounding.NEAREST.value
+    reconstruct: bool = False
 
     def __post_init__(self) -> None:
+        if self.rounding not in tuple(Rounding):
+            raise PassOptionError(
+                f"There is no rounding {self.rounding!r}",
+                where=f"pass {self.name!r}, option 'rounding'",
+                fix=f"one of {', '.join(Rounding)}",
+            )
+        self._beside()
         check_scheme_name(self.scheme, self.name)
         if self.observer not in tuple(Observer):
             raise PassOptionError(
@@ -70,21 +96,21 @@ class StaticInt8(Pass):
         Weights may be absent; nothing changes.
         """
         layout, _ = self._layout(model, context.target)
-        tables = {t.value.name or "": t.spec for t in lookup_tables(model, self.exclude)}
-        return dataclasses.replace(layout.plan, entries={**layout.plan.entries, **tables})
+        return Beside(model, context, self._beside(), layout.nodes).extend(layout.plan)
 
     def preview(self, model: ir.Model, context: Context) -> PassResult:
         """The model with pairs whose numbers are absent, in place: exact in structure and size.
 
         Needs neither weights nor calibration.
         """
-        merge_biases(model, context)
+        self._prepare(model, context)
         layout, notes = self._layout(model, context.target)
+        beside = Beside(model, context, self._beside(), layout.nodes)
+        notes = (*notes, *_notes(layout, beside))
         if layout.nodes:
             write_qdq(model, layout)
-        tables = self._write_tables(model)
-        modified = bool(layout.nodes or tables)
-        return PassResult(model, modified, (*notes, *_notes(layout), *tables))
+        notes += beside.write(context.target)
+        return PassResult(model, bool(layout.nodes or beside), notes)
 
     def run(self, model: ir.Model, context: Context) -> PassResult:
         """See `Pass.run`.
@@ -93,31 +119,75 @@ class StaticInt8(Pass):
             UsageError: no calibration data; a target without integers; opset below 10.
             CalibrationError: see `calibrate.observe`.
         """
-        merge_biases(model, context)
+        self._prepare(model, context)
         layout, notes = self._layout(model, context.target)
-        notes = (*notes, *_notes(layout))
-        if not layout.nodes:
-            tables = self._write_tables(model)
-            return PassResult(model, bool(tables), (*notes, *tables))
-        ranges = observe(model, layout.sources, context.calibration, context.progress)
-        write_qdq(model, layout, ranges)
-        notes += self._write_tables(model)
-        count = len(context.calibration or ())
-        return PassResult(model, True, (*notes, f"calibrated on {count} samples, {self.observer}"))
+        calibrated: tuple[str, ...] = ()
+        unseen: frozenset[ir.Graph] = frozenset()
+        ranges = None
+        if layout.nodes:
+            ranges = observe(model, layout.sources, context.calibration, context.progress)
+            count = len(context.calibration or ())
+            calibrated = (f"calibrated on {count} samples, {self.observer}",)
+            unseen = frozenset(
+                item.graph for item in layout.activations if item.source in ranges.unseen
+            )
+            if unseen:  # no range tells of what calibration never computed
+                layout, _ = self._layout(model, context.target, unseen)
+        beside = Beside(model, context, self._beside(), layout.nodes)
+        notes = (*notes, *_notes(layout, beside))
+        if layout.nodes:
+            corrected, more = self._correct(model, layout, ranges, unseen, context)
+            write_qdq(model, layout, ranges, corrected)
+            notes += more
+        notes += beside.write(context.target)
+        return PassResult(model, bool(layout.nodes or beside), (*notes, *calibrated))
 
-    def _write_tables(self, model: ir.Model) -> tuple[str, ...]:
-        tables = list(lookup_tables(model, self.exclude))
-        write_tables(model, tables)
-        return (f"{len(tables)} lookup tables stored in 8 bits",) if tables else ()
+    def _beside(self) -> BesideOptions:
+        return options(self.name, self.exclude, self.recurrent, self.leftovers, self.per_channel)
 
-    def _layout(self, model: ir.Model, target: Target | None) -> tuple[Int8Layout, tuple[str, ...]]:
+    def _prepare(self, model: ir.Model, context: Context) -> None:
+        merge_biases(model, context)
+        if self.bias_correction:
+            add_missing_biases(model)
+
+    def _correct(
+        self,
+        model: ir.Model,
+        layout: Int8Layout,
+        ranges: Mapping[str, Range] | None,
+        unseen: frozenset[ir.Graph],
+        context: Context,
+    ) -> tuple[dict[str, Ready], tuple[str, ...]]:
+        """Integers that corrections make of weights, by name; biases change in place."""
+        chosen = Corrections(
+            bias=self.bias_correction,
+            rounding=Rounding(self.rounding),
+            reconstruct=self.reconstruct,
+        )
+        if not chosen or ranges is None:
+            return {}, ()
+        places = [graph in unseen for graph in graph_tree(model.graph)]
+
+        def plan(copy: ir.Model) -> Int8Layout:
+            left = zip(graph_tree(copy.graph), places, strict=True)
+            same = frozenset(graph for graph, missing in left if missing)
+            return self._layout(copy, context.target, same)[0]
+
+        samples = context.calibration or ()
+        return correct(model, layout, ranges, samples, chosen, plan, context.progress)
+
+    def _layout(
+        self, model: ir.Model, target: Target | None, unseen: frozenset[ir.Graph] = frozenset()
+    ) -> tuple[Int8Layout, tuple[str, ...]]:
         scheme, notes = for_opset(resolve_scheme(self.scheme, target), model)
         if not self.per_channel:
             scheme = dataclasses.replace(scheme, per_channel=False)
         require_types(model)
-        options = PlanOptions(ops=self.ops, exclude=self.exclude, attention=self.attention)
+        chosen = PlanOptions(
+            ops=self.ops, exclude=self.exclude, attention=self.attention, unseen=unseen
+        )
         notes += _session_notes(scheme, target)
-        return lay_out(model, scheme, options), notes
+        return lay_out(model, scheme, chosen), notes
 
 
 def _session_notes(scheme: QuantScheme, target: Target | None) -> tuple[str, ...]:
@@ -129,8 +199,8 @@ def _session_notes(scheme: QuantScheme, target: Target | None) -> tuple[str, ...
     return (f"runs in integers only with the session option {text}",)
 
 
-def _notes(layout: Int8Layout) -> tuple[str, ...]:
-    plan = layout.plan
+def _notes(layout: Int8Layout, beside: Beside) -> tuple[str, ...]:
+    plan = dataclasses.replace(layout.plan, notes=layout.plan.notes + beside.refused)
     if not layout.nodes:
         return ("nothing to quantize: no Conv, Gemm or MatMul qualifies", *refusal_notes(plan))
     counts = Counter(node.op_type for node in layout.nodes)

@@ -16,6 +16,7 @@ from ...ir.graph import (
     attribute,
     constant_tensor,
     fresh_name,
+    graph_tree,
     is_absent,
     is_onnx_op,
 )
@@ -37,9 +38,9 @@ class Table:
 
 
 def lookup_tables(model: ir.Model, exclude: tuple[str, ...] = ()) -> Iterator[Table]:
-    """The tables of the main graph that qualify, in graph order. Reads no weight."""
+    """The tables that qualify, in graph order, in branches too. Reads no weight."""
     seen: set[ir.Value] = set()
-    for node in model.graph:
+    for node in (n for graph in graph_tree(model.graph) for n in graph):
         value = node.inputs[0] if is_onnx_op(node, "Gather") else None
         if value is None or value in seen:
             continue
@@ -49,9 +50,7 @@ def lookup_tables(model: ir.Model, exclude: tuple[str, ...] = ()) -> Iterator[Ta
             continue
         users = list(value.uses())
         gathers = tuple(dict.fromkeys(use.node for use in users))
-        if value.is_graph_output() or not all(
-            _picks_rows(use.node, use.idx, model.graph) for use in users
-        ):
+        if value.is_graph_output() or not all(_picks_rows(use.node, use.idx) for use in users):
             continue
         if any(g.op_type in exclude or (g.name or "") in exclude for g in gathers):
             continue
@@ -106,10 +105,5 @@ def _insert(
     return value
 
 
-def _picks_rows(node: ir.Node, index: int, graph: ir.Graph) -> bool:
-    return (
-        is_onnx_op(node, "Gather")
-        and index == 0
-        and node.graph is graph
-        and attribute(node, "axis", 0) == 0
-    )
+def _picks_rows(node: ir.Node, index: int) -> bool:
+    return is_onnx_op(node, "Gather") and index == 0 and attribute(node, "axis", 0) == 0
