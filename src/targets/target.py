@@ -60,7 +60,9 @@ class QuantScheme:
     """One way of 8-bit static quantization that the target executes in integers.
 
     `activation` and `weight` are the dtypes in the Q/DQ pairs; `per_channel` whether weights have
-    a scale for each output channel; `session_options` what the runtime must be told.
+    a scale for each output channel; `session_options` what the runtime must be told;
+    `min_conv_channels` from how many input channels on a convolution of floats over two axes or
+    more is faster in integers than in float (0: from the first).
     """
 
     activation: ir.DataType = ir.DataType.UINT8
@@ -68,6 +70,7 @@ class QuantScheme:
     per_channel: bool = True
     symmetric_activation: bool = False
     reduce_range: bool = False
+    min_conv_channels: int = 0
     session_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:

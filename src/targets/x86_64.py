@@ -6,7 +6,9 @@ import onnx_ir as ir
 
 from .target import Hardware, QuantScheme, Runtime, Target, Verified
 
-_U8S8 = QuantScheme(activation=ir.DataType.UINT8, weight=ir.DataType.INT8)
+# ONNX Runtime 1.32, one thread, AVX-512 VNNI: 3x3 over 3 channels 1.9x slower in integers, over 4
+# channels 2.2x, over 8 1.35x; over three axes and one channel 10x.
+_U8S8 = QuantScheme(activation=ir.DataType.UINT8, weight=ir.DataType.INT8, min_conv_channels=8)
 
 X86_64 = Target(
     name="x86_64",

@@ -185,12 +185,42 @@ class _Planner:
             if node.op_type in self.options.ops:
                 self.refused[node] = "excluded by option"
             return False
-        reason = _why_not(node, self.options.attention)
+        reason = _why_not(node, self.options.attention) or self._too_thin(node)
         if not reason and self.graph in self.options.unseen:
             reason = "calibration never ran its branch"
         if reason:
             self.refused[node] = reason
         return not reason
+
+    def _too_thin(self, node: ir.Node) -> str:
+        """Why a convolution of few channels stays float, where the target says so; else ''."""
+        least = self.scheme.min_conv_channels
+        shape = static_shape(node.inputs[1]) if is_onnx_op(node, "Conv") else None
+        if not least or shape is None or len(shape) < 4 or attribute(node, "group", 1) != 1:
+            return ""
+        source = node.inputs[0].producer() if node.inputs[0] is not None else None
+        reads_integers = len(shape) == 4 and self._leads_to_seed(source)
+        if shape[1] >= least or reads_integers:
+            return ""
+        # A MaxPool of integers is quick only beside an integer convolution (channels last).
+        results = [
+            node.outputs[0],
+            *(r for use in node.outputs[0].uses() for r in use.node.outputs),
+        ]
+        if any(is_onnx_op(use.node, "MaxPool") for value in results for use in value.uses()):
+            return ""
+        return f"of {shape[1]} input channels: faster in float on this target"
+
+    def _leads_to_seed(self, node: ir.Node | None) -> bool:
+        """Whether a value comes from a convolution or product, through what follows one."""
+        for _ in range(8):
+            if node is None or not is_onnx_op(node, *INTEGER_OPS):
+                return False
+            if INTEGER_OPS[node.op_type].weighted:
+                return True
+            value = node.inputs[0]
+            node = value.producer() if value is not None else None
+        return False
 
     def _may_follow(self, node: ir.Node) -> bool:
         if not self._allowed(node) or INTEGER_OPS[node.op_type].weighted:
