@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 import edgepass
+from edgepass.cli import main
 from edgepass.errors import UsageError
 from edgepass.evaluation.report import (
     EXCEEDS,
@@ -45,6 +46,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgepass import Pass, PassResult, Stage
+from edgepass.cli import main
 from edgepass.errors import UsageError
 
 
@@ -711,3 +713,98 @@ def test_the_evaluations_own_fault_is_not_a_recipes(digits):
             ["fp32"],
             evaluate=judged(digits, metrics={"m": broken}, limits={}),
         )
+
+
+# --- the command -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(digits, tmp_path) -> Path:
+    """A folder with the model, samples, labelled data, and a metric of the user's."""
+    onnx.save(digits.model, tmp_path / "model.onnx")
+    np.savez(tmp_path / "calib.npz", **digits.calibration)
+    np.savez(tmp_path / "test.npz", **digits.data, labels=digits.labels)
+    (tmp_path / "sweep_metrics.py").write_text(
+        "import numpy as np\n\n\n"
+        "def hits(predictions, labels):\n"
+        "    return float(np.mean(np.argmax(predictions, axis=-1) == labels))\n\n\n"
+        "def ink(feed, label, index):\n"
+        "    return float(feed['x'].sum())\n"
+    )
+    return tmp_path
+
+
+def command(files: Path, *more: str) -> list[str]:
+    return [
+        "sweep",
+        str(files / "model.onnx"),
+        *("--calibration", str(files / "calib.npz"), "--data", str(files / "test.npz")),
+        *("--metric", "sweep_metrics:hits", "--slice", "sweep_metrics:ink"),
+        *("--cache", str(files / "cache"), "--time-budget", "0.02", *more),
+    ]
+
+
+def test_the_command(files, plugin, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(files)
+    arguments = command(
+        files,
+        *("--plugin", str(plugin), "--recipe", "fp32", "--recipe", "half=fp16"),
+        *("--recipe", "refuses", "--limit", "hits=-0.02", "--budget", "size_mb=1", "--json"),
+        *("--out", str(files / "out"), "--plots"),
+    )
+    assert main(arguments) == 0
+    out = capsys.readouterr()
+    found = json.loads(out.out)
+    assert out.err == ""  # no progress where nobody watches
+    assert [entry["name"] for entry in found["rows"]] == ["fp32", "half", "refuses"]
+    assert found["rows"][1]["evaluation"]["metrics"]["hits"]["value"]["low"] > 0.8
+    assert found["rows"][2]["verdict"] == "failed"
+    assert found["best"]["name"] == "half"
+    assert (files / "out" / "best" / "manifest.json").is_file()
+    assert (files / "out" / "pareto.png").is_file()
+    assert main(arguments) == 0
+    assert json.loads(capsys.readouterr().out)["done"]["compiled"] == []
+
+
+def test_the_command_says_when_none_will_do(files, plugin, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(files)
+    limits = ("--plugin", str(plugin), "--recipes", "fp32,ruin", "--limit", "hits=-0.02")
+    assert main(command(files, *limits)) == 29
+    out = capsys.readouterr()
+    assert "best: No recipe that compresses" in out.out
+    assert "dense1" in out.err
+
+
+def test_ctrl_c_keeps_what_is_done(files, plugin, capsys, monkeypatch, log):
+    from edgepass.search import stages
+
+    monkeypatch.syspath_prepend(files)
+    compile_model = stages.compile_model
+
+    def interrupted(*arguments, recipe, **options):
+        if recipe == "fp16":
+            raise KeyboardInterrupt
+        return compile_model(*arguments, recipe=recipe, **options)
+
+    recipes_ = ("--plugin", str(plugin), "--recipes", "counted{number=1},fp16")
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "compile_model", interrupted)
+        assert main(command(files, *recipes_)) == 130
+    assert "goes on from there" in capsys.readouterr().err
+    assert main(command(files, *recipes_)) == 0
+    assert log.read_text().split() == ["1"]
+
+
+def test_options_that_contradict(files, capsys):
+    model = str(files / "model.onnx")
+    for wrong, said in (
+        (["--metric", "accuracy"], "give --data"),
+        (["--plots"], "give --out"),
+        (["--cache", "a", "--no-cache"], "contradict"),
+        (["--by", "beauty"], "beauty"),
+        (["--recipes", "best"], "no pass or recipe"),
+    ):
+        code = main(["sweep", model, *wrong])
+        captured = capsys.readouterr()
+        assert said in captured.err + captured.out
+        assert code != 0

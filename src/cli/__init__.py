@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.show_error(error.diagnostic, as_json)
         return error.exit_code
     except (typer.Abort, KeyboardInterrupt):
-        console.say("interrupted; nothing was changed")
+        console.say(console.interruption())
         return INTERRUPTED
     except BrokenPipeError:  # the reader (`head`) has seen enough
         console.mute_stdout()

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from . import build, estimating, evaluating, inspecting, look, optimizing
+from . import build, estimating, evaluating, inspecting, look, optimizing, sweeping
 
 app = typer.Typer(
     name="edgepass",

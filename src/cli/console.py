@@ -104,6 +104,32 @@ def show_unexpected(error: Exception, as_json: bool, code: int) -> int:
     return code
 
 
+_NOTHING_CHANGED = "interrupted; nothing was changed"
+_on_interrupt = _NOTHING_CHANGED
+
+
+@contextlib.contextmanager
+def told_on_interrupt(text: str) -> Iterator[None]:
+    """What `interruption` says where Ctrl-C ends what is inside."""
+    global _on_interrupt
+    _on_interrupt = text
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        _on_interrupt = _NOTHING_CHANGED
+        raise
+    _on_interrupt = _NOTHING_CHANGED
+
+
+def interruption() -> str:
+    """What to say after Ctrl-C."""
+    global _on_interrupt
+    text, _on_interrupt = _on_interrupt, _NOTHING_CHANGED
+    return text
+
+
 def mute_stdout() -> None:
     """After a broken pipe: what Python flushes at exit goes nowhere."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -89,10 +89,7 @@ def choose(
     Raises:
         UsageError: there is no such objective.
     """
-    if by not in OBJECTIVES:
-        raise UsageError(
-            f"Rows can't be chosen by {by!r}", fix=f"by one of {', '.join(OBJECTIVES)}"
-        )
+    check_objective(by)
     allowed = [row for row in rows if not row.objections]
     compressing = [row for row in allowed if not row.lossless]
     wanted = compressing or (allowed if all(row.lossless for row in rows) else [])
@@ -106,6 +103,18 @@ def choose(
     guilty = blame(near) if near.rung is not None else Found()
     text = _regret(near, spare, guilty)
     return Best(False, spare, text, near, near.objections, guilty.layers)
+
+
+def check_objective(by: str) -> None:
+    """Raises where rows can't be chosen by it.
+
+    Raises:
+        UsageError: there is no such objective.
+    """
+    if by not in OBJECTIVES:
+        raise UsageError(
+            f"Rows can't be chosen by {by!r}", fix=f"by one of {', '.join(OBJECTIVES)}"
+        )
 
 
 def pick(rows: Sequence[Row], by: str, measured: bool) -> Row:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _WIDTH = 200
 
 
-def sweep_table(result: SweepResult) -> Any:
+def sweep_table(result: SweepResult, by: str = "both") -> Any:
     """A rich renderable: the rows, then why some failed or may not be shipped, then the best."""
     from rich import box
     from rich.console import Group
@@ -45,15 +45,15 @@ def sweep_table(result: SweepResult) -> Any:
     for cells in _lines(result, metrics):
         table.add_row(*(Text(cells.get(heading, "")) for heading in headings))
     remarks = [Padding(Text(line, style="dim"), (0, 0, 0, 2)) for line in _remarks(result)]
-    return Group(table, *remarks, Text(f"best: {result.best()}"))
+    return Group(table, *remarks, Text(f"best: {result.best(by)}"))
 
 
-def sweep_text(result: SweepResult) -> str:
+def sweep_text(result: SweepResult, by: str = "both") -> str:
     """The table as plain text."""
     from rich.console import Console
 
     out = io.StringIO()
-    Console(file=out, width=_WIDTH, color_system=None).print(sweep_table(result))
+    Console(file=out, width=_WIDTH, color_system=None).print(sweep_table(result, by))
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 

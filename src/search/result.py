@@ -95,11 +95,12 @@ class SweepResult:
             )
         return self._blamed[row.name]
 
-    def table(self) -> Any:
-        """A rich renderable: a line a recipe, `*` where no other beats it; remarks below."""
+    def table(self, by: str = "both") -> Any:
+        """A rich renderable: a line a recipe, `*` where no other beats it; remarks below, and the
+        best by that."""
         from .report import sweep_table
 
-        return sweep_table(self)
+        return sweep_table(self, by)
 
     def evaluation_report(self) -> Report | None:
         """The evaluation of all rows as one report; None where nothing was evaluated."""
@@ -108,7 +109,7 @@ class SweepResult:
         rungs = (self.original, *(row.rung for row in self.rows if row.rung is not None))
         return Report(rungs, 0, 0)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self, by: str = "both") -> dict[str, Any]:
         """Plain data: docs/sweep.md lists the fields. Only `best` may look into layers."""
         report = self.evaluation_report()
         return {
@@ -121,7 +122,7 @@ class SweepResult:
             "original": None if report is None else report.as_dict()["rungs"][0],
             "rows": [row.as_dict() for row in self.rows],
             "front": [row.name for row in self.front],
-            "best": self.best().as_dict(),
+            "best": self.best(by).as_dict(),
             "left_out": [{"name": name, "reason": why} for name, why in self.left_out],
             "notes": list(self.notes),
             "done": dataclasses.asdict(self.done),
@@ -138,7 +139,7 @@ class SweepResult:
 
         return plot_sweep(self, Path(path))
 
-    def save(self, folder: str | Path, *, plots: bool = True) -> Path:
+    def save(self, folder: str | Path, *, plots: bool = True, by: str = "both") -> Path:
         """Write the table, the JSON form, the picture, and the best row's artifact, as one step.
 
         What an earlier sweep wrote there is replaced.
@@ -146,6 +147,8 @@ class SweepResult:
         Raises:
             UsageError: the folder has other things in it.
         """
+        from .report import sweep_text
+
         place = Path(folder)
         if place.exists() and (
             not place.is_dir() or (any(place.iterdir()) and not (place / JSON_FILE).is_file())
@@ -154,11 +157,11 @@ class SweepResult:
                 f"{str(place)!r} is not what a sweep wrote, so it is not replaced",
                 fix="name a folder that does not exist yet",
             )
-        best = self.best()
+        best = self.best(by)
         with replacing(place) as fresh:
-            text = json.dumps(_finite(self.as_dict()), indent=1, ensure_ascii=False)
+            text = json.dumps(_finite(self.as_dict(by)), indent=1, ensure_ascii=False)
             (fresh / JSON_FILE).write_text(text + "\n", encoding="utf-8")
-            (fresh / TABLE_FILE).write_text(f"{self}\n", encoding="utf-8")
+            (fresh / TABLE_FILE).write_text(sweep_text(self, by) + "\n", encoding="utf-8")
             if plots:
                 try:
                     self.plot(fresh / PLOT_FILE)
