@@ -19,11 +19,12 @@ from ...targets.target import QuantScheme, Target
 from ..base import Context, Pass, PassResult, Stage
 from .beside import Beside, BesideOptions, LeftOver, options
 from .biases import merge_biases
-from .calibrate import Observer, observe
+from .calibrate import Observer, ObserverOptions, observe
 from .corrections import Corrections, Rounding, add_missing_biases, correct
 from .known_types import require_types
 from .notes import refusal_notes
 from .numbers import Range
+from .observers import check_observer
 from .plan import DEFAULT_OPS, Int8Layout, PlanOptions, lay_out
 from .qdq import Ready, write_qdq
 from .recurrent import Recurrent
@@ -36,9 +37,11 @@ class StaticInt8(Pass):
 
     `scheme`: dtypes of activations and weights, "u8s8" or "s8s8"; "auto" is what the target
     prefers. `per_channel`: a scale for each output channel of a weight. `observer`: how ranges are
-    made of calibration values. `exclude`: names of nodes or operator types to keep float. `ops`:
-    operators that may run in integers. `attention`: also MatMuls of two activations (measured on
-    MiniLM: no faster). Embedding tables are stored in 8 bits unless "Gather" is excluded.
+    made of calibration values: "minmax", "average" (mean of samples' ranges), "percentile" (of the
+    values that are not zero, `percentile` % are inside), "entropy" or "mse". `exclude`: names of
+    nodes or operator types to keep float. `ops`: operators that may run in integers. `attention`:
+    also MatMuls of two activations (measured on MiniLM: no faster). Embedding tables are stored in
+    8 bits unless "Gather" is excluded.
     `bias_correction`: the mean error of each output channel on the calibration data goes into its
     bias. `rounding`: "nearest", or "adaround": up or down as serves each layer's result (minutes
     for large models). `reconstruct`: solves each layer's weights again, by least squares, for the
@@ -57,6 +60,7 @@ class StaticInt8(Pass):
     scheme: str = AUTO
     per_channel: bool = True
     observer: str = Observer.MINMAX.value
+    percentile: float = 99.99
     exclude: tuple[str, ...] = ()
     ops: tuple[str, ...] = DEFAULT_OPS
     attention: bool = False
@@ -76,12 +80,7 @@ class StaticInt8(Pass):
             )
         self._beside()
         check_scheme_name(self.scheme, self.name)
-        if self.observer not in tuple(Observer):
-            raise PassOptionError(
-                f"There is no observer {self.observer!r}",
-                where=f"pass {self.name!r}, option 'observer'",
-                fix=f"one of {', '.join(Observer)}",
-            )
+        check_observer(self.observer, self.percentile, self.name)
         unknown = [op for op in self.ops if op not in INTEGER_OPS]
         if unknown:
             raise PassOptionError(
@@ -125,9 +124,17 @@ class StaticInt8(Pass):
         unseen: frozenset[ir.Graph] = frozenset()
         ranges = None
         if layout.nodes:
-            ranges = observe(model, layout.sources, context.calibration, context.progress)
-            count = len(context.calibration or ())
-            calibrated = (f"calibrated on {count} samples, {self.observer}",)
+            observer = ObserverOptions(
+                observer=self.observer,
+                percentile=self.percentile,
+                dtype=layout.scheme.activation,
+                symmetric=layout.scheme.symmetric_activation,
+            )
+            ranges = observe(model, layout.sources, context.calibration, context.progress, observer)
+            calibrated = (
+                f"calibrated on {ranges.samples} samples, {self.observer}",
+                *ranges.notes,
+            )
             unseen = frozenset(
                 item.graph for item in layout.activations if item.source in ranges.unseen
             )
