@@ -17,4 +17,5 @@ def corrected_bias(bias: np.ndarray, error: np.ndarray) -> np.ndarray:
     """
     flat = np.broadcast_to(bias.reshape(-1), (error.size,)) + error.reshape(-1)
     shape = bias.shape if bias.size == error.size else (error.size,)
-    return flat.astype(np.float32).reshape(shape)
+    corrected: np.ndarray = flat.astype(np.float32).reshape(shape)
+    return corrected

@@ -111,8 +111,9 @@ class _Writer:
             assert data is not None
             assert weight is not None
             key = weight, item.spec
-            if weight.name in self.ready:
-                found[key] = self.ready[weight.name].affine
+            ready = self.ready.get(weight.name or "")
+            if ready is not None:
+                found[key] = ready.affine
                 continue
             if key not in found:
                 array = _array(weight)

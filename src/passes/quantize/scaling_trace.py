@@ -89,9 +89,10 @@ class _Tracer:
         """The class of each channel after all ties."""
         same = self.same_as
         while True:
-            further: np.ndarray = same[same + 1]
+            further = same[same + 1]
             if (further == same).all():
-                return further[1:]
+                classes: np.ndarray = further[1:]
+                return classes
             same = further
 
     # --- walking -------------------------------------------------------------------------------
@@ -183,7 +184,7 @@ class _Tracer:
         others = tuple(i for i in range(index.ndim) if i != keep % index.ndim)
         if index.size == index.shape[keep]:
             return index.reshape(-1)
-        least = index.min(axis=others, keepdims=True, initial=np.iinfo(np.int64).max)
+        least: np.ndarray = index.min(axis=others, keepdims=True, initial=np.iinfo(np.int64).max)
         for entry, target in zip(
             index.ravel(), np.broadcast_to(least, index.shape).ravel(), strict=True
         ):
