@@ -104,7 +104,9 @@ def quantize(name: str, model: Path, out: Path, calibration: Sequence[Feed]) -> 
     Raises:
         Exception: whatever the peer raises.
     """
-    with tempfile.TemporaryDirectory() as folder, quiet():
+    model, out = model.resolve(), out.resolve()
+    # The quantizer leaves files of weights where it runs.
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), quiet():
         source, prepared = Path(folder) / "source.onnx", Path(folder) / "prepared.onnx"
         if "per-channel" in name:
             model = _with_axes(model, source)
