@@ -54,7 +54,14 @@ def main() -> None:
         for name, compiled in (("float32", float32), ("int8", int8))
     }
     samples = [{"image": image[None]} for image in test]
-    result = edgepass.evaluate(TorchModel(net), artifacts, samples, labels)
+    result = edgepass.evaluate(
+        net,
+        artifacts,
+        samples,
+        labels,
+        slices={"digit": lambda feed, label: label},
+        limits={"accuracy": -0.01, "harmed_slices": "<= 0"},
+    )
     console.print(result.table())
     for name, rung in ((rung.name, rung) for rung in result.rungs[1:]):
         size = sum(file.stat().st_size for file in (folder / name).glob("model.*"))
@@ -62,17 +69,6 @@ def main() -> None:
         console.print(f"host      {name:8} {size:9,} bytes  accuracy {accuracy:.4f}")
     emulated(folder, test, labels)
     console.print(f"\nArtifacts are in {folder}; try: edgepass run {folder}/int8 --emulate arm64")
-
-
-class TorchModel:
-    """The net as torch runs it: the original that the artifacts are held against."""
-
-    def __init__(self, net: DigitsNet) -> None:
-        self.net = net
-
-    def run(self, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        with torch.no_grad():
-            return {"logits": self.net(torch.from_numpy(feed["image"])).numpy()}
 
 
 def emulated(folder: Path, test: np.ndarray, labels: np.ndarray) -> None:

@@ -69,6 +69,19 @@ def test_the_estimate_of_the_docs(tmp_path, monkeypatch, capsys):
     assert "calibrated" in capsys.readouterr().out
 
 
+def test_the_evaluation_of_the_docs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text = TEXT.replace("float[2] input", "float[N, 2] x").replace("float[2] y", "float[N, 2] y")
+    model = ir.from_onnx_text(text.replace("input", "x"))
+    ir.save(model, "model.onnx")
+    test = np.random.default_rng(0).normal(size=(40, 2)).astype(np.float32)
+    compiled = edgepass.compile(model, time_budget_s=0)
+    names = {"test": test, "labels": test.argmax(1), "compiled": compiled}
+    exec(blocks("docs/evaluation.md")[0], names)
+    assert names["report"].verdict("int8") == "within"
+    assert "accuracy change: +0.0000" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_links_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):

@@ -117,9 +117,9 @@ class Evaluation:
         """A hash of everything that `run` measures by: data, labels, metrics, slices, options.
 
         Not of `limits` and `confident`, which `judge` applies to what was measured. Reads all data
-        once; the order of samples does not matter. Functions count by their code and what they
-        close over, not by what they call. An iterator that can be read only once is kept as a list
-        from then on.
+        once; the order of samples that come one at a time does not matter. Functions count by
+        their code and what they close over, not by what they call. An iterator that can be read
+        only once is kept as a list from then on.
         """
         from .fingerprint import fingerprint
 

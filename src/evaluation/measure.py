@@ -137,7 +137,10 @@ class Layout:
                 )
             return evaluation.join
         stateful = evaluation.carry is not None or evaluation.step is not None
-        return bool(fits and (stateful or len(set(lengths)) > 1))
+        if not fits:
+            return False
+        flat = all(np.ndim(label) == 1 or len(label) == 1 for label in self._seen.labels)
+        return stateful or (flat and len(set(lengths)) > 1)
 
     def _given(self) -> list[int | None]:
         """Rows of each prediction; a batch of one in front of them does not count."""

@@ -28,11 +28,12 @@ def report_table(report: Report) -> Any:
     title = f"{report.samples} samples{groups}, {report.confidence:.0%} intervals"
     table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
     columns = _columns(report)
-    table.add_column("model")
+    table.add_column("model", overflow="fold")
     for heading in columns:
-        table.add_column(heading, justify="right")
+        left = heading == "worst slice"
+        table.add_column(heading, justify="left" if left else "right", overflow="fold")
     for rung in report.rungs:
-        cells = [_cell(report, rung, heading) for heading in columns]
+        cells = [_cell(report, rung, heading, "\n") for heading in columns]
         table.add_row(Text(rung.name), *(Text(c, style=_STYLES.get(c, "")) for c in cells))
     return table
 
@@ -40,15 +41,17 @@ def report_table(report: Report) -> Any:
 def _columns(report: Report) -> list[str]:
     columns = ["size"] if any(rung.bytes for rung in report.rungs) else []
     for name in report.original.metrics:
-        columns += [name, f"change of {name}"]
+        columns += [name, f"{name} change"]
     candidates = report.candidates
     if any(rung.slices for rung in candidates):
         columns.append("worst slice")
     if any(rung.flips is not None for rung in candidates):
         columns.append("flips")
     if any(rung.ece is not None for rung in report.rungs):
-        columns.append("calibration error")
-    if any(d.agreement is not None for rung in candidates for d in rung.divergence.values()):
+        columns.append("ECE")
+    unlabelled = not any(rung.flips is not None for rung in candidates)
+    agreements = [d.agreement for rung in candidates for d in rung.divergence.values()]
+    if unlabelled and any(agreement is not None for agreement in agreements):
         columns.append("agreement")
     if any(rung.divergence for rung in candidates):
         columns.append("SQNR")
@@ -57,15 +60,16 @@ def _columns(report: Report) -> list[str]:
     return columns
 
 
-def _cell(report: Report, rung: Rung, heading: str) -> str:
+def _cell(report: Report, rung: Rung, heading: str, gap: str) -> str:
+    """One figure of one model; `gap` is before its interval."""
     if heading in rung.metrics:
-        return _estimate(rung.metrics[heading].value)
-    if heading.startswith("change of "):
-        change = rung.metrics[heading.removeprefix("change of ")].difference
-        return "" if change is None else _estimate(change, signed=True)
+        return _estimate(rung.metrics[heading].value, gap)
+    if heading.endswith(" change"):
+        change = rung.metrics[heading.removesuffix(" change")].difference
+        return "" if change is None else _estimate(change, gap, signed=True)
     if heading == "size":
         return "" if rung.bytes is None else f"{rung.bytes / 1e6:.2f} MB"
-    if heading == "calibration error":
+    if heading == "ECE":
         return "" if rung.ece is None else f"{rung.ece:.4f}"
     if rung is report.original:
         return ""
@@ -74,7 +78,7 @@ def _cell(report: Report, rung: Rung, heading: str) -> str:
     if heading == "flips":
         if rung.flips is None:
             return ""
-        return f"{rung.flips.broken} broken, {rung.flips.mended} mended"
+        return f"{rung.flips.broken} broken,{gap}{rung.flips.mended} mended"
     if heading == "agreement":
         shares = [d.agreement for d in rung.divergence.values() if d.agreement is not None]
         return f"{min(shares):.4f}" if shares else ""
@@ -84,14 +88,16 @@ def _cell(report: Report, rung: Rung, heading: str) -> str:
 
 
 def worst_slice_text(rung: Rung) -> str:
-    """`speaker=ann -0.12 auc, harmed (p .001)`, or the largest loss without proof of harm."""
+    """`speaker=ann: auc -0.12, harmed (p 0.001)`; or the least likely loss, or none."""
     worst = rung.worst_slice
     if worst is None:
         return ""
-    text = f"{worst.name} {worst.difference:+.3g} {worst.metric}"
+    text = f"{worst.name}: {worst.metric} {worst.difference:+.3g}"
     if worst.harmed:
         return f"{text}, harmed (p {worst.adjusted:.2g})"
-    return f"{text}, maybe chance" if worst.adjusted is not None else f"{text}, not tested"
+    if worst.adjusted is None:
+        return f"{text}, not tested"
+    return "none worse" if worst.p_value == 1 else f"{text}, maybe chance"
 
 
 def sqnr_text(decibels: float) -> str:
@@ -101,13 +107,13 @@ def sqnr_text(decibels: float) -> str:
     return f"{decibels:.0f} dB"
 
 
-def _estimate(estimate: Estimate, *, signed: bool = False) -> str:
+def _estimate(estimate: Estimate, gap: str, *, signed: bool = False) -> str:
     sign = "+" if signed else ""
     digits = 4 if abs(estimate.value) < 10 else 3
     head = f"{estimate.value:{sign}.{digits}f}"
     if estimate.low is None or estimate.high is None:
         return head
-    return f"{head} [{estimate.low:{sign}.{digits}f}, {estimate.high:{sign}.{digits}f}]"
+    return f"{head}{gap}[{estimate.low:{sign}.{digits}f}, {estimate.high:{sign}.{digits}f}]"
 
 
 def slice_table(report: Report, limit: int) -> Any:
@@ -145,7 +151,7 @@ def report_text(report: Report) -> str:
     for rung in report.rungs:
         lines.append(rung.name)
         for heading in _columns(report):
-            cell = _cell(report, rung, heading)
+            cell = _cell(report, rung, heading, " ")
             if cell:
                 lines.append(f"  {heading}: {cell}")
         lines += [
