@@ -360,7 +360,7 @@ def _label(node: ir.Node) -> str:
 
 
 _UNPACKING = frozenset({"Cast", "Sub", "Mul", "Add", "Div", "Mod", "BitShift"}) | {
-    *("Reshape", "Slice", "Gather"),
+    *("Reshape", "Slice", "Gather", "ReduceSum"),
 }
 """What stands between a weight that is stored small and its reader (`passes.quantize.stored`)."""
 

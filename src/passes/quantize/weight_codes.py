@@ -21,6 +21,7 @@ from .gptq import gptq
 from .grids import Codes, Grid, clipped, nearest
 from .hqq import hqq
 from .packed import tensor_matrix
+from .refine import refine
 from .weight_choice import StoredWeight
 
 _BUDGET = 1 << 29
@@ -62,6 +63,7 @@ class Rounding:
     method: Method
     act_order: bool
     damping: float
+    rounds: int
     sequential: bool
 
 
@@ -108,7 +110,8 @@ def _codes(matrix: np.ndarray, grid: Grid, options: Rounding, moments: np.ndarra
         return clipped(matrix, grid)
     if method is Method.AWQ:
         return clipped(matrix, grid, np.diag(moments))
-    return gptq(matrix, moments, grid, damping=options.damping, act_order=options.act_order)
+    found = gptq(matrix, moments, grid, damping=options.damping, act_order=options.act_order)
+    return refine(matrix, moments, found, damping=options.damping, rounds=options.rounds)
 
 
 # --- second moments ----------------------------------------------------------------------------

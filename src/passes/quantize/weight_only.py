@@ -44,9 +44,10 @@ class WeightOnly(Pass):
     `average_bits`: bits of matrices within a mean, most where products suffer most.
 
     `method`: rtn (ranges of least error), minmax, hqq, gptq, awq, awq-gptq; the last three need
-    calibration data. `act_order` and `damping` are gptq's; `sequential`: later layers are
-    calibrated behind the stored weights of earlier ones. `float_inputs`: kernels multiply in
-    float32, not by inputs rounded to 8 bits. `exclude`: nodes, weights or operators to leave.
+    calibration data. `act_order`, `damping` and `rounds` (of improving codes and scales in turns)
+    are gptq's; `sequential`: later layers are calibrated behind the stored weights of earlier ones.
+    `float_inputs`: kernels multiply in float32, not by inputs rounded to 8 bits. `exclude`: nodes,
+    weights or operators to leave.
     """
 
     name = "weight_only"
@@ -65,6 +66,7 @@ class WeightOnly(Pass):
     average_bits: float = 0.0
     act_order: bool = False
     damping: float = 0.01
+    rounds: int = 2
     sequential: bool = False
     float_inputs: bool = False
 
@@ -85,6 +87,8 @@ class WeightOnly(Pass):
             )
         if self.damping <= 0:
             raise self._wrong("damping", f"a damping of {self.damping}", "above 0, as 0.01")
+        if self.rounds < 0:
+            raise self._wrong("rounds", f"{self.rounds} rounds", "0 or more")
         if self.method is Method.HQQ and self.zero_points is False:
             fix = "leave zero_points out, or choose another method"
             raise self._wrong("zero_points", "hqq and no zero points, which it fits", fix)
@@ -146,11 +150,14 @@ class WeightOnly(Pass):
             method=self.method,
             act_order=self.act_order,
             damping=self.damping,
+            rounds=self.rounds,
             sequential=self.sequential,
         )
         coded = [w for w in weights if w.form in _CODED]
         codes = choose_codes(model, coded, rounding, context)
         notes.append(_summary(plan, weights))
+        if context.target is not None and context.target.runtime is Runtime.TVM:
+            notes.append("TVM unpacks weights as it compiles: its library is as large as in float")
         accuracy = _FLOAT_INPUTS if self.float_inputs else _INT8_INPUTS
         write_weights(model, weights, codes, accuracy)
         return PassResult(model, True, (*notes, *refusal_notes(plan)))
