@@ -52,7 +52,7 @@ def _to_float(graph: RuntimeGraph, op: Op) -> bool:
         graph.remove(gone)
     if not product.outputs[0].users:
         graph.remove(product)
-    _set_inputs(graph, op, inputs)
+    set_inputs(graph, op, inputs)
     graph.set_output(op, 0, result)
     op.type, op.domain = "MatMulIntegerToFloat", CONTRIB
     op.origin += tuple(node for gone in (last,) if bias is not None for node in gone.origin)
@@ -87,14 +87,15 @@ def _quantize_inside(graph: RuntimeGraph, quantize: Op) -> None:
     if graph.only_user(scale) is not product or graph.only_user(point) is not product:
         return
     _, integers, _, scales, _, weight_point, *bias = product.inputs
-    _set_inputs(graph, product, [quantize.inputs[0], integers, scales, weight_point, *bias])
+    set_inputs(graph, product, [quantize.inputs[0], integers, scales, weight_point, *bias])
     graph.remove(quantize)
     product.type = "DynamicQuantizeMatMul"
     product.origin = quantize.origin + product.origin
     graph.renew(product)
 
 
-def _set_inputs(graph: RuntimeGraph, op: Op, inputs: list[Tensor | None]) -> None:
+def set_inputs(graph: RuntimeGraph, op: Op, inputs: list[Tensor | None]) -> None:
+    """Give an operator other inputs, in whole."""
     for index in range(len(op.inputs)):
         graph.set_input(op, index, None)
     op.inputs.clear()

@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from ..ir.graph import is_onnx_op
 from ..ir.quant import INTEGER_OPS, PerBlock, PerChannel, QuantPlan, QuantSpec, stored_shape
+from .ort_dynamic import set_inputs
 from .runtime_graph import CONTRIB, Op, RuntimeGraph, Tensor
 from .storage import node_name
 
@@ -29,6 +30,7 @@ def write_plan(graph: RuntimeGraph, plan: QuantPlan) -> None:
         writer.write_halves()
     else:
         named = writer.entries
+        writer.write_recurrent()
         if any(not tensor.constant for tensor in named):
             writer.write_pairs()
         elif writer.members:
@@ -226,6 +228,36 @@ class _Writer:
         assert integers is not None
         assert scales is not None
         return integers, scales
+
+    # --- recurrent layers ------------------------------------------------------------------------
+
+    def write_recurrent(self) -> None:
+        """LSTM: DynamicQuantizeLSTM, its weights transposed, scales and zero points at the end."""
+        for op in [op for op in self.graph if op in self.members and op.is_onnx("LSTM")]:
+            self.members.discard(op)
+            parts = [self._transposed(value) for value in op.inputs[1:3] if value is not None]
+            inputs = [*op.inputs[:7], *([None] * 8)][:8]
+            for index, (integers, *numbers) in enumerate(parts, start=1):
+                inputs[index] = integers
+                inputs.extend(numbers)
+            set_inputs(self.graph, op, inputs)
+            op.type, op.domain = "DynamicQuantizeLSTM", CONTRIB
+            self.graph.renew(op)
+
+    def _transposed(self, weight: Tensor) -> list[Tensor | None]:
+        """[directions, gates, in] as integers [directions, in, gates], with scales of rows."""
+        spec = self.entries[weight]
+        key = weight, spec
+        if key not in self.stored:
+            directions, gates, size = weight.shape or (0, 0, 0)
+            per_channel = isinstance(spec.granularity, PerBlock)
+            scales = (directions, gates) if per_channel else (directions,)
+            self.stored[key] = [
+                _constant(f"{weight.name}/int8", (directions, size, gates), spec.dtype),
+                _constant(f"{weight.name}/scale", scales, _FLOAT),
+                _constant(f"{weight.name}/zero_point", scales, spec.dtype),
+            ]
+        return self.stored[key]
 
     # --- weights alone ---------------------------------------------------------------------------
 
