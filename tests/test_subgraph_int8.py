@@ -1,4 +1,4 @@
-"""8-bit passes on nodes inside If, Loop and Scan: what they plan, that results load and are close."""
+"""8-bit passes on nodes inside If, Loop and Scan: what is planned; results load and are close."""
 
 from __future__ import annotations
 
