@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,14 +13,15 @@ pytest.importorskip("torch", reason="the examples use torch")
 
 
 def run(name: str) -> str:
-    result = subprocess.run(
-        [sys.executable, name],
-        cwd=EXAMPLES,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    with tempfile.TemporaryDirectory() as cache:
+        result = subprocess.run(
+            [sys.executable, name],
+            cwd=EXAMPLES,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "EDGEPASS_CACHE": cache},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
     assert result.returncode == 0, result.stderr[-4000:]
     return result.stdout
 
@@ -42,6 +44,13 @@ def test_estimating_an_architecture():
     output = run("estimate_architecture.py")
     assert output.count("assumed") >= 12
     assert "width 512" in output
+
+
+def test_a_sweep():
+    output = run("sweep.py")
+    assert "to ship: " in output
+    assert "within" in output
+    assert "best, pareto.png, sweep.json, table.txt" in output
 
 
 def test_the_demo():

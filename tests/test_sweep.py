@@ -34,6 +34,7 @@ from edgepass.search.cache import Cache
 from edgepass.search.choice import choose, nearest
 from edgepass.search.pareto import front
 from edgepass.search.recipes import ModelFacts, as_recipes, model_facts, ptq_recipes
+from edgepass.search.reference import Reference
 from edgepass.search.rows import Row
 from edgepass.search.timing import Timing
 
@@ -371,6 +372,39 @@ def test_an_entry_whose_making_fails_leaves_what_was_there(tmp_path):
     assert [p.name for p in (tmp_path / "kind").iterdir()] == ["key"]
 
 
+# --- the original's outputs ------------------------------------------------------------------
+
+
+class Counting:
+    """Doubles x, and counts how often it was asked."""
+
+    inputs = ()
+
+    def __init__(self):
+        self.runs = 0
+
+    def run(self, feed):
+        self.runs += 1
+        return {"y": 2 * feed["x"]}
+
+
+@pytest.mark.parametrize(
+    ("worth_s", "most_bytes", "runs"),
+    [(0.0, 10**9, 2 + 3 + 0), (60.0, 10**9, 2 + 3 + 4), (0.0, 20, 2 + 3 + 2)],
+)
+def test_the_original_is_run_once_where_that_is_worth_it(tmp_path, worth_s, most_bytes, runs):
+    """Two runs decide, three more samples follow; the second time all four come again, of which
+    two of 16 bytes each are over 20 bytes."""
+    runner = Counting()
+    reference = Reference(runner, tmp_path, worth_s=worth_s, most_bytes=most_bytes)
+    for _ in range(2):
+        reference.begin()
+        for i in range(4):
+            x = np.full(2, i, np.float64)
+            assert np.array_equal(reference.run({"x": x})["y"], 2 * x)
+    assert runner.runs in (runs, runs + 1)  # the first sample was timed, not kept
+
+
 # --- choosing --------------------------------------------------------------------------------
 
 
@@ -379,7 +413,7 @@ def row(name, size, ms, accuracy=0.9, allowed=True, lossless=False, **fields) ->
     rung = Rung(
         name,
         {"accuracy": MetricResult(Estimate(accuracy), Estimate(accuracy - 0.95))},
-        limits=(LimitResult("accuracy", ">= -0.02", accuracy - 0.95, verdict),),
+        limits=(LimitResult("accuracy", "-0.02", accuracy - 0.95, verdict),),
         verdict=verdict,
     )
     timing = Timing(ms, 10.0, "2026-01-01", "cpu")
@@ -444,7 +478,7 @@ def test_none_may_be_shipped_and_why():
     assert best.row.name == "fp32"
     assert best.nearest.name == "bad"
     assert asked == ["bad"]
-    for part in ("No recipe that compresses", "bad", "accuracy is -0.05", "dense1", "fp32"):
+    for part in ("No recipe that compresses", "bad", "accuracy changes by -0.05", "dense1", "fp32"):
         assert part in best.reason
     assert nearest(rows).name == "bad"
 
@@ -713,6 +747,19 @@ def test_the_evaluations_own_fault_is_not_a_recipes(digits):
             ["fp32"],
             evaluate=judged(digits, metrics={"m": broken}, limits={}),
         )
+
+
+def test_the_example_of_the_docs(digits, tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parent.parent / "docs" / "sweep.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
+    onnx.save(digits.model, tmp_path / "model.onnx")
+    monkeypatch.chdir(tmp_path)
+    short = code.replace('recipes="ptq"', 'recipes=["fp32", "fp16"]')
+    assert short != code
+    names_ = {"calibration": digits.calibration["x"], "test": digits.data["x"]}
+    exec(short, {**names_, "labels": digits.labels})
+    assert "fp16" in capsys.readouterr().out
+    assert (tmp_path / "sweep" / "best").is_dir()
 
 
 # --- the command -----------------------------------------------------------------------------

@@ -252,22 +252,26 @@ def _static(facts: ModelFacts, target: Target, none: str) -> list[_Variant]:
         static(
             "int8 bias correction",
             "the mean error of each layer goes into its bias",
-            _with("int8{bias_correction=true}"),
+            "int8{bias_correction=true}",
             _with("int8", "bias_correction"),
         ),
         static(
             "int8 adaround",
             "weights rounded by what the layer's output loses",
-            _with('int8{rounding="adaround"}'),
-            _with("int8{adaround=true}"),
+            "int8{rounding=adaround}",
             _with("int8", "adaround"),
+        ),
+        static(
+            "int8 reconstruct",
+            "each layer solved again by least squares on what reaches it",
+            "int8{reconstruct=true}",
         ),
         static(
             "int8, int16 activations",
             "where activations, not weights, need the finer steps",
-            'int8{activation="int16"}',
-            'int8{activations="int16"}',
-            'int8{scheme="u16s8"}',
+            "int8{scheme=u16s8}",
+            "int8{scheme=s16s8}",
+            "int8{activations=int16}",
         ),
     ]
 
@@ -308,6 +312,18 @@ def _weights(facts: ModelFacts, none: str) -> list[_Variant]:
             "int4-weights awq",
             "the channels that activations stress are kept finer",
             "weight_only{bits=4,method=awq}",
+            calibrated=True,
+        ),
+        int4(
+            "int4-weights awq, gptq",
+            "both: channels kept finer, then rounding made up for",
+            "weight_only{bits=4,method=awq-gptq}",
+            calibrated=True,
+        ),
+        int4(
+            "int3-weights awq, gptq",
+            "less than a tenth of the file, where 4 bits are not small enough",
+            "weight_only{bits=3,method=awq-gptq}",
             calibrated=True,
         ),
         _Variant(

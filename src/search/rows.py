@@ -146,12 +146,13 @@ def limit_texts(rung: Rung) -> tuple[str, ...]:
     for item in rung.limits:
         if item.verdict == WITHIN:
             continue
-        value = "" if item.value is None else f" is {item.value:.4g}"
-        said = {EXCEEDS: "exceeds", CANNOT_TELL: "cannot be told from"}.get(item.verdict, "?")
-        texts.append(
-            f"{item.name}{value}, which {said} the limit {item.limit}"
-            + (f" ({item.why})" if item.why else "")
-        )
+        own = item.limit[:1] in ("<", ">")
+        value = item.why or ("" if item.value is None else f"{item.value:.4g}")
+        said = {
+            EXCEEDS: f"beyond the limit {item.limit}",
+            CANNOT_TELL: f"and the limit {item.limit} lies within its interval",
+        }.get(item.verdict, item.verdict)
+        texts.append(f"{item.name} {'is' if own else 'changes by'} {value}, {said}")
     return tuple(texts)
 
 

@@ -32,7 +32,6 @@ from ..errors import (
 )
 from ..evaluation.evaluation import Evaluation
 from ..evaluation.report import Report
-from ..evaluation.runners import Remembered
 from ..passes.base import Pass
 from ..passes.probe import working_sample
 from ..passes.spec import format_passes
@@ -41,6 +40,7 @@ from ..targets.target import Target
 from . import fingerprint as fp
 from .cache import Cache
 from .recipes import Recipe
+from .reference import Reference
 from .rows import kept_cost
 from .timing import Timing, time_group
 
@@ -108,7 +108,7 @@ class Bench:
         self._target = fp.target_digest(target, profile_for(target))
         self._asked = "" if evaluation is None else evaluation.fingerprint()
         self._original: Any = None
-        self._remembered: Any = None
+        self._reference: Reference | None = None
 
     # --- compiling -------------------------------------------------------------------------------
 
@@ -208,7 +208,7 @@ class Bench:
         candidate = load(made.artifact)
         try:
             report = self.evaluation.run(
-                self.remembered(), {CANDIDATE: candidate}, progress=progress
+                self.reference(), {CANDIDATE: candidate}, progress=progress
             )
         finally:
             candidate.close()
@@ -223,12 +223,13 @@ class Bench:
             self._original = OrtRunner(self.graph)
         return self._original
 
-    def remembered(self) -> Any:
-        """The original, whose outputs are computed once for all candidates and sweeps."""
-        if self._remembered is None:
+    def reference(self) -> Reference:
+        """The original, whose outputs all candidates are held against."""
+        if self._reference is None:
             key = fp.combine(_OUTPUTS, self.model, fp.versions(), fp.machine_digest())
-            self._remembered = Remembered(self.original(), self.cache.place(_OUTPUTS, key))
-        return self._remembered
+            self._reference = Reference(self.original(), self.cache.place(_OUTPUTS, key))
+        self._reference.begin()
+        return self._reference
 
     # --- timing ----------------------------------------------------------------------------------
 

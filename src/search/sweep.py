@@ -224,7 +224,7 @@ class _Job:
     def _require_original(self) -> None:
         """Raises what is wrong with the evaluation itself, rather than blame a candidate for it."""
         if self.original is None and self.bench.evaluation is not None:
-            self.bench.evaluation.run(self.bench.remembered(), {})
+            self.bench.evaluation.run(self.bench.reference(), {})
 
     def _time(self) -> None:
         bench = self.bench
