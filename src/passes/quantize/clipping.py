@@ -41,16 +41,21 @@ def percentile_range(histogram: Histogram, percentile: float, symmetric: bool) -
     if symmetric:
         peak = max(-full.low, full.high)
         cut = min(peak, width * _quantile(histogram.magnitudes(), percentile / 100))
-        return Range(max(full.low, -cut), min(full.high, cut))
+        return _within(full, -cut, cut)
     both = full.low < 0 < full.high
     outside = (1 - percentile / 100) / (2 if both else 1)
     low, high = full
     if full.high > 0:
-        high = min(full.high, width * (_quantile(counts, 1 - outside) - zero))
+        high = width * (_quantile(counts, 1 - outside) - zero)
     if full.low < 0:
         backwards = _quantile(counts[::-1], 1 - outside)
-        low = max(full.low, width * (counts.size - backwards - zero))
-    return Range(low, high)
+        low = width * (counts.size - backwards - zero)
+    return _within(full, low, high)
+
+
+def _within(full: Range, low: float, high: float) -> Range:
+    """The ends, as far as they are in the full range."""
+    return Range(min(max(low, full.low), full.high), max(min(high, full.high), full.low))
 
 
 def _quantile(counts: np.ndarray, share: float) -> float:
@@ -139,8 +144,7 @@ def _search(full: Range, error: Callable[[float, float], float], symmetric: bool
             best = found
         else:
             factor = math.sqrt(factor)
-    low, high = low * best[0], high * best[1]
-    return Range(max(full.low, low), min(full.high, high))
+    return _within(full, low * best[0], high * best[1])
 
 
 # --- the least divergence ------------------------------------------------------------------------
@@ -150,11 +154,12 @@ def entropy_range(histogram: Histogram, dtype: ir.DataType, symmetric: bool) -> 
     """The range whose quantization to `dtype` diverges least from the distribution (KL).
 
     The method of TensorRT (Migacz: 8-bit inference with TensorRT, GTC 2017): the reference P is
-    the histogram cut to a window, what is outside added to its outer bins; Q is the inside merged
-    into the levels and spread again over the bins in use; the window of least KL(P || Q) wins.
-    Beyond that, windows have two ends where the scheme is asymmetric and values have both signs,
-    and a spike next to zero (which one level holds) is cut down to its neighbour: it would buy the
-    rest of the range at its price. With more levels than bins (16 bits) nothing is cut.
+    the histogram cut to a window, what is outside added to the outermost bins in use; Q is the
+    inside merged into the levels and spread again over the bins in use; the window of least
+    KL(P || Q) wins. Beyond that, windows have two ends where the scheme is asymmetric and values
+    have both signs, and a spike next to zero (which one level holds) is cut down to its neighbour:
+    it would buy the rest of the range at its price. With more levels than bins (16 bits) nothing is
+    cut.
     """
     full = Range(histogram.low, histogram.high)
     least, greatest = integer_range(dtype)
@@ -173,7 +178,7 @@ def entropy_range(histogram: Histogram, dtype: ir.DataType, symmetric: bool) -> 
     low, high = (window[0] - zero) * width, (window[1] - zero) * width
     if symmetric:
         low = -high
-    return Range(max(full.low, low), min(full.high, high))
+    return _within(full, low, high)
 
 
 def _without_spike(counts: np.ndarray, zero: int) -> np.ndarray:
@@ -234,16 +239,16 @@ class _Windows:
         if b - a < self.levels:
             return math.inf
         inside = self.counts[a:b]
+        used = inside > 0
+        inner = np.flatnonzero(used)
+        if not inner.size:
+            return math.inf
         reference = inside.copy()
-        reference[0] += self.sums[a]
-        reference[-1] += self.sums[-1] - self.sums[b]
-        used = reference > 0
+        reference[inner[0]] += self.sums[a]
+        reference[inner[-1]] += self.sums[-1] - self.sums[b]
         starts = -(-np.arange(self.levels) * (b - a) // self.levels)
         mass = np.add.reduceat(inside, starts)
         share = mass / np.maximum(np.add.reduceat(used, starts, dtype=np.float64), 1.0)
-        spread = np.repeat(share, np.diff(starts, append=b - a))[used]
-        p = reference[used]
-        if not spread.size or spread.min() <= 0:
-            return math.inf
+        p, spread = reference[used], np.repeat(share, np.diff(starts, append=b - a))[used]
         total, kept = p.sum(), spread.sum()
         return float((p / total) @ np.log((p / total) / (spread / kept)))
