@@ -358,6 +358,26 @@ def test_several_outputs_and_a_metric_of_all():
     assert chosen["s"].metrics["mae"].value.value == pytest.approx(3)
 
 
+def test_labels_of_any_shape_for_a_metric_of_ones_own():
+    boxes = [[[0, 0, 1]], [], [[1, 1, 2], [2, 2, 3]]]
+    found = [np.zeros((k, 4), np.float32) for k in (1, 2, 2)]
+    for labels in (boxes, [{"boxes": np.array(b)} for b in boxes]):
+        report = edgepass.evaluate(
+            Scores(*found),
+            {"same": Scores(*found)},
+            indices(3),
+            labels,
+            metrics={
+                "boxes": lambda predictions, labels: sum(map(len, predictions)),
+                "labels": lambda predictions, labels: len(labels),
+            },
+            resamples=20,
+        )
+        assert report.original.metrics["boxes"].value.value == 5
+        assert report.original.metrics["labels"].value.value == 3
+        assert report["same"].flips is None
+
+
 # --- stateful ----------------------------------------------------------------------------------
 
 CUMULATIVE = """

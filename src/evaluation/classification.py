@@ -154,7 +154,12 @@ def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
 def _is_numeric(value: Any) -> bool:
     if isinstance(value, np.ndarray | np.generic):
         return value.dtype.kind in "fiub"
-    return isinstance(value, int | float | bool | list | tuple)
+    if isinstance(value, list | tuple):
+        try:
+            return np.asarray(value).dtype.kind in "fiub"
+        except ValueError:  # ragged: boxes, spans
+            return False
+    return isinstance(value, int | float | bool)
 
 
 def _plain(value: Any) -> Any:
