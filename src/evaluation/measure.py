@@ -221,9 +221,9 @@ def stacked(values: Sequence[Any]) -> Any:
         if lists and len({np.shape(v) if _is_regular(v) else None for v in values}) == 1:
             return np.array(values) if _is_regular(values[0]) else list(values)
         return list(values)
+    batches = all(value.ndim > 0 and len(value) == 1 for value in values)
     if len({value.shape for value in values}) != 1:
-        return [value[0] if value.ndim and len(value) == 1 else value for value in values]
-    batches = values[0].ndim > 0 and len(values[0]) == 1
+        return [value[0] for value in values] if batches else list(values)
     return np.concatenate(values) if batches else np.stack(values)
 
 
