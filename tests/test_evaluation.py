@@ -437,6 +437,42 @@ def test_the_first_state_can_be_given():
         edgepass.evaluate(model, {}, data, carry={"h": "state"})
 
 
+def test_stacks_of_sequences_and_entries_for_slices(tmp_path):
+    model = ir.from_onnx_text(CUMULATIVE)
+    steps = np.ones((6, 4, 1), np.float32)
+    totals = np.cumsum(steps[..., 0], axis=1)
+    np.savez(tmp_path / "s.npz", x=steps, labels=totals, speaker=np.arange(6) % 2)
+    report = edgepass.evaluate(
+        model,
+        {"same": model},
+        tmp_path / "s.npz",
+        metrics=["mae"],
+        slices={"speaker": "speaker"},
+        carry={"stateN": "state"},
+    )
+    assert report.original.metrics["mae"].value.value == 0
+    assert {row.name: row.count for row in report["same"].slices} == {
+        "speaker=0": 3,
+        "speaker=1": 3,
+    }
+
+
+def test_pairs_of_recordings_by_a_step(model):
+    """Speaker verification: two runs and a cosine make one score."""
+
+    def cosine(run, pair):
+        a, b = (run({"x": one[None]})["logits"][0] for one in pair)
+        return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+    pairs = [((X[i], X[i] * (2 if i % 2 else -1)), i % 2) for i in range(20)]
+    report = edgepass.evaluate(
+        model, {"same": model}, pairs, metrics=["eer", "auc"], step=cosine, resamples=50
+    )
+    assert report.original.metrics["eer"].value.value == 0
+    assert report.original.metrics["auc"].value.value == 1
+    assert report["same"].metrics["eer"].difference.value == 0
+
+
 # --- results -----------------------------------------------------------------------------------
 
 

@@ -48,6 +48,8 @@ def samples_of(evaluation: Evaluation, inputs: Inputs) -> Iterator[Sample]:
     labels = _Labels(evaluation.labels)
     count = 0
     for feed, label, extra in _raw(evaluation.data, known, labels.given, evaluation.batched):
+        if evaluation.carry is not None and inputs is not None and isinstance(feed, Mapping):
+            feed, extra = _inputs_only(feed, extra, inputs)
         if known is not None:
             check_feed(known, feed, where=f"sample {count}")
         yield Sample(feed, labels.of(count, label, extra), count, extra)
@@ -182,6 +184,15 @@ def _named_parts(item: Mapping[str, Any], inputs: Inputs) -> Raw:
     return feed, label, extra
 
 
+def _inputs_only(
+    feed: Mapping[str, Any], extra: Mapping[str, Any], inputs: Sequence[TensorSpec]
+) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """What the model takes, and the rest as extra entries."""
+    names = {spec.name for spec in inputs}
+    rest = {name: to_numpy(value) for name, value in feed.items() if name not in names}
+    return {name: value for name, value in feed.items() if name in names}, {**extra, **rest}
+
+
 def _by_position(values: Sequence[Any], inputs: Inputs) -> Any:
     if inputs is None:
         return values[0] if len(values) == 1 else list(values)
@@ -242,7 +253,9 @@ def _unstacked(stacks: Mapping[str, Any], inputs: Inputs, labels_apart: bool) ->
     feeds, label, extra = _named_parts(stacks, inputs)
     if inputs is None and isinstance(feeds, dict):
         extra = {name: value for name, value in extra.items() if name in LABEL_NAMES} | feeds
-        parts: dict[str, list[np.ndarray] | None] = {n: list(array) for n, array in feeds.items()}
+        parts: dict[str, list[np.ndarray] | None] = {
+            name: list(array) if np.ndim(array) else None for name, array in feeds.items()
+        }
     else:
         specs = {spec.name: spec for spec in inputs or ()}
         if set(feeds) != set(specs):
