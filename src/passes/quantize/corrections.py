@@ -228,9 +228,6 @@ class _Work:
         layer = self.layers[item]
         middle = int(affine.zero_point.flat[0])
         low, high = integer_range(item.spec.dtype)
-        if self.reduce_range:
-            half = (high - low) // 4
-            low, high = middle - half, middle + half
         scale = np.broadcast_to(spread(affine.scale, nearest.shape, item.spec), nearest.shape)
         limits = max(low, middle - (high - middle)) - middle, high - middle
         found = adaround(moments, matrix, bias, layer.matrix(scale), limits)

@@ -18,6 +18,9 @@ from ...ir.quant import PerBlock, PerChannel, QuantSpec
 MIN_SCALE = np.float32(1e-20)
 """Below it, a range counts as zero: products of two scales must stay normal float32 numbers."""
 
+_PAIR_LIMIT = 126.0
+"""255 times 128 is the most that 16 bits hold; each of two weights may be rounded up by one."""
+
 _BIAS_LIMIT = float(2**30)
 """Half of int32: the other half is room for the sum of products the bias is added to."""
 
@@ -78,15 +81,16 @@ def activation_affine(observed: Range, dtype: ir.DataType, symmetric: bool) -> A
 def weight_affine(array: np.ndarray, spec: QuantSpec, *, reduce_range: bool = False) -> Affine:
     """Symmetric scales of a weight, one per channel or block as the spec says.
 
-    `reduce_range` leaves out the top bit, so that x86 without VNNI can't saturate the 16-bit sums
-    of two products. All-zero channels get scale 1.
+    `reduce_range` widens them as far as it takes that x86 without VNNI can't saturate: it adds two
+    neighbouring products of 8 bits in 16 (VPMADDUBSW), so two neighbours of one sign may not
+    exceed 128 together, however they are rounded. All-zero channels get scale 1.
     """
     least, greatest = integer_range(spec.dtype)
     half = (greatest - least) // 2
-    if reduce_range:
-        half //= 2
-    peak = _peak(array, spec)
-    scale = (peak / half).astype(np.float32)
+    peak = _peak(array, spec) / half
+    if reduce_range and spec.dtype.bitwidth == 8:
+        peak = np.maximum(peak, _pair_peak(array, spec) / _PAIR_LIMIT)
+    scale = peak.astype(np.float32)
     scale = np.where(scale >= MIN_SCALE, scale, np.float32(1.0)).astype(np.float32)
     middle = 0 if spec.dtype.is_signed() else (greatest + 1) // 2
     return Affine(scale, np.full(scale.shape, middle, spec.dtype.numpy()))
@@ -148,6 +152,39 @@ def _peak(array: np.ndarray, spec: QuantSpec) -> np.ndarray:
             low, high = array.min(initial=0.0), array.max(initial=0.0)
     peak: np.ndarray = np.maximum(-np.asarray(low, np.float64), np.asarray(high, np.float64))
     return peak
+
+
+def _pair_peak(array: np.ndarray, spec: QuantSpec) -> np.ndarray:
+    """Greatest sum of two neighbours of one sign in the order in which kernels multiply them.
+
+    Kernels go over a channel's elements as they lie in memory, or, where a runtime keeps the
+    channels of convolutions last, over input channels first.
+    """
+    match spec.granularity:
+        case PerBlock(_, axis):
+            sums = [_pair_sums(side, axis) for side in (array, -array)]
+            return _peak(np.maximum(*sums), spec)
+        case PerChannel(axis):
+            return _pair_peaks(array, axis)
+        case _:  # which axis holds channels is not said
+            axes = range(2) if array.ndim == 2 else range(1)
+            return np.asarray(max(_pair_peaks(array, axis).max(initial=0.0) for axis in axes))
+
+
+def _pair_peaks(array: np.ndarray, axis: int) -> np.ndarray:
+    rows = np.moveaxis(array, axis, 0)
+    orders = [rows] if rows.ndim < 3 else [rows, np.moveaxis(rows, 1, -1)]
+    flat = [order.reshape(len(rows), -1) for order in orders]
+    tops = [_pair_sums(side, 1).max(axis=1, initial=0.0) for f in flat for side in (f, -f)]
+    peak: np.ndarray = np.max(tops, axis=0).astype(np.float64)
+    return peak
+
+
+def _pair_sums(array: np.ndarray, axis: int) -> np.ndarray:
+    """Each positive element and the positive one behind it, added; the array's own shape."""
+    sums = np.moveaxis(np.maximum(array, 0.0), axis, 0).copy()
+    sums[:-1] += sums[1:].copy()
+    return np.moveaxis(sums, 0, axis)
 
 
 def spread(parameters: np.ndarray, shape: tuple[int, ...], spec: QuantSpec) -> np.ndarray:
