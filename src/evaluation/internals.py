@@ -25,7 +25,7 @@ from .drift import Drift, Extent, Histogram, Rounding
 from .internals_causes import Culprit, find_culprits
 from .internals_graph import Side, as_graph, is_layer, is_matrix, weight_inputs
 from .internals_match import match, rename_feed
-from .internals_sites import Site, find_gains, forced_feed, make_sites, open_forced
+from .internals_sites import Site, find_gains, forced_feed, make_sites, open_forced, shaped
 from .internals_weights import WeightDrift
 
 SCHEMA = "edgepass.internals"
@@ -220,11 +220,11 @@ def inspect(
     culprits = find_culprits(sites)
     causes: dict[str, list[str]] = {}
     for item in culprits:
-        causes.setdefault(item.value, []).append(item.cause)
+        causes.setdefault(item.candidate, []).append(item.cause)
     shown = [s for s in sites if s.has_layer or s.quantizer is not None]
     matched, weighted = _coverage(ours, sites)
     return Internals(
-        layers=tuple(_layer(site, causes.get(site.pair.original, ())) for site in shown),
+        layers=tuple(_layer(site, causes.get(site.pair.candidate, ())) for site in shown),
         culprits=tuple(culprits),
         samples=len(feeds),
         matched=matched,
@@ -250,7 +250,7 @@ class _Inspection:
         self.sites = sites
         self.feeds = feeds
         self.progress = progress
-        names = [n for s in sites for n in (s.pair.original, s.raw_of, *s.mixed)]
+        names = [n for s in sites for n in (s.pair.original, s.before or s.raw_of, *s.mixed)]
         self.names = list(dict.fromkeys(names))
 
     def run(self) -> None:
@@ -258,10 +258,12 @@ class _Inspection:
         total = 2 * len(self.feeds)
         with self.original.watch(self.names) as runner:
             first = _run(runner, self.feeds[0], 0)
-            for site in self.sites:
-                site.rank = first[site.pair.original].ndim
             own = rename_feed(self.feeds[0], self.original, self.candidate)
-            find_gains(self.candidate, self.sites, first, own)
+            with self.candidate.watch(s.seen for s in self.sites) as free:
+                found = _run(free, own, 0)
+            for site in self.sites:
+                site.rank = found[site.seen].ndim
+            find_gains(self.candidate, self.sites, first, found, own)
             for i, sample in enumerate(self.feeds):
                 self.progress(i, total, "ranges of the original")
                 self._extend(_run(runner, sample, i))
@@ -273,8 +275,9 @@ class _Inspection:
                     self.progress(len(self.feeds) + i, total, "errors of layers")
                     reference = _run(runner, sample, i)
                     own = rename_feed(sample, self.original, self.candidate)
-                    given = forced_feed(self.sites, inputs, reference, own)
-                    self._add(reference, _run(forced, given, i), _run(free, own, i))
+                    results = _run(free, own, i)
+                    given = forced_feed(self.sites, inputs, reference, results, own)
+                    self._add(reference, _run(forced, given, i), results)
         self.progress(total, total, "errors of layers")
 
     def _extend(self, reference: Mapping[str, np.ndarray]) -> None:
@@ -305,9 +308,9 @@ class _Inspection:
             array = site.in_units(reference[site.pair.original])
             before = site.in_units(reference[site.raw_of])
             if not site.is_input:
-                site.computed.add(before, injected[site.pair.candidate])
-            site.injected.add(array, injected[site.seen])
-            site.accumulated.add(array, accumulated[site.seen])
+                site.computed.add(before, shaped(injected[site.pair.candidate], before))
+            site.injected.add(array, shaped(injected[site.seen], array))
+            site.accumulated.add(array, shaped(accumulated[site.seen], array))
             if site.rounding is not None:
                 site.rounding.add(array)
                 for name, rounding in site.mixtures.items():

@@ -24,6 +24,8 @@ _BOUNDED = ("Softmax", "Sigmoid", "HardSigmoid", "Tanh", "LogSoftmax")
 
 LOSS = 8.0
 """dB below the ideal scale from which a scale is wrong: one four times too big loses 12."""
+CUT_LOSS = 3.0
+"""dB from which a range far narrower than the data's is too narrow: clipping ought to win some."""
 WIDE = 2.8
 """Times the data's range from which a quantizer's is too wide."""
 GAIN = 0.5
@@ -40,13 +42,15 @@ CHANNEL = 10.0
 class Culprit:
     """A layer out of its expected range: what is wrong, the measurement that says so, the remedy.
 
-    `cause` is one of `CAUSES`. `value` is the original's value, `factor` by how much a scale is
-    off (above 1: too big), `channels` the ones concerned, `sqnr` that of the layer alone, in dB.
+    `cause` is one of `CAUSES`. `value` is the original's value, `candidate` the candidate's,
+    `factor` by how much a scale is off (above 1: too big), `channels` the ones concerned, `sqnr`
+    that of the layer alone, in dB.
     """
 
     layer: str
     op: str
     value: str
+    candidate: str
     cause: str
     what: str
     remedy: str
@@ -106,7 +110,9 @@ def find_culprits(sites: Sequence[Site]) -> list[Culprit]:
         ):
             for item in rule(site):
                 own.setdefault(item.cause, item)
-        if not own:
+        if any(_overflows(source) for source in site.reads):  # its feed was cut to what fits
+            own = {k: v for k, v in own.items() if k == "overflow"}
+        elif not own:
             for item in _stands_out(site, typical, spread):
                 own[item.cause] = item
         found += [(_harm(site), item) for item in own.values()]
@@ -132,6 +138,7 @@ def _culprit(
         layer=site.node,
         op=site.op,
         value=site.pair.original,
+        candidate=site.pair.candidate,
         cause=cause,
         what=what,
         remedy=CAUSES[cause].format(node=site.node, name=name),
@@ -179,6 +186,10 @@ def _not_finite(site: Site) -> Iterator[Culprit]:
         )
 
 
+def _overflows(site: Site) -> bool:
+    return any(item.cause == "overflow" for item in _not_finite(site))
+
+
 def _rounding(site: Site) -> Iterator[Culprit]:
     """Is the activation's scale right for what the original has there?"""
     rounding = site.rounding
@@ -201,7 +212,7 @@ def _rounding(site: Site) -> Iterator[Culprit]:
             1 / _overshoot(rounding, site),
             channels,
         )
-    elif loss > LOSS and rounding.clipped_share > 0 and ratio < 1:
+    elif rounding.clipped_share > 0 and ratio < 1 and _cuts(loss, _overshoot(rounding, site)):
         yield _culprit(
             site,
             "activation_scale_too_small",
@@ -233,6 +244,11 @@ def _rounding(site: Site) -> Iterator[Culprit]:
                 None,
                 worst[:1],
             )
+
+
+def _cuts(loss: float, overshoot: float) -> bool:
+    """Whether clipping does harm: by what it loses, or where much is cut off and nothing won."""
+    return loss > LOSS or (loss > CUT_LOSS and overshoot > WIDE)
 
 
 def _ratio(rounding: Rounding) -> float:
@@ -343,14 +359,18 @@ def _results(typical: float) -> Callable[[Site], Iterator[Culprit]]:
                 line.overall,
             )
             return
-        if abs(off) > GAIN and drift.sqnr < WEAK:
+        middle = float(np.median(line.gain[usable]))
+        whole = usable.sum() < 4 or (middle > 0 and abs(math.log2(middle)) > GAIN)
+        if abs(off) > GAIN and whole and drift.sqnr < WEAK:
             cause = "weight_scale" if site.weights else "stands_out"
-            weight = f"; the scale of {site.weights[0].name!r}" if site.weights else ""
+            size = "big" if off > 0 else "small"
+            weight = (
+                f"; the scale of {site.weights[0].name!r} is too {size}" if site.weights else ""
+            )
             yield _culprit(
                 site,
                 cause,
-                f"results are {line.overall:.2g} times the original's{weight} is "
-                f"{'too big' if off > 0 else 'too small'}",
+                f"results are {line.overall:.2g} times the original's{weight}",
                 line.overall,
             )
         else:

@@ -30,6 +30,7 @@ from ..passes.base import Context
 from ..passes.cleanup.inline import InlineFunctions
 from ..passes.quantize.numbers import integer_range
 from ..targets.onnxruntime import OrtRunner
+from .internals_qlinear import expand_integer_operators
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 _NO_COMPUTE = (Category.DATA_MOVEMENT, Category.SHAPE_COMPUTATION, Category.QUANTIZATION)
@@ -93,6 +94,7 @@ class Side:
     def __init__(self, model: ir.Model) -> None:
         copy = model.clone()
         InlineFunctions().run(copy, Context())
+        expand_integer_operators(copy)
         infer_shapes(copy, strict=False)
         index_names(copy)
         self.model = copy

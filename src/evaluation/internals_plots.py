@@ -31,8 +31,8 @@ def save_plots(found: Internals, folder: Path, layers: Sequence[str] | None) -> 
     """
     if layers is None:
         worst = sorted(found.layers, key=lambda x: x.injected.sqnr)[:_FEW]
-        guilty = list(dict.fromkeys(c.value for c in found.culprits))
-        layers = guilty or [x.value for x in worst]
+        guilty = list(dict.fromkeys(c.candidate for c in found.culprits))
+        layers = guilty or [x.candidate for x in worst]
     chosen = [found[name] for name in layers]
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / "error-by-depth.png"]

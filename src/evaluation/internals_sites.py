@@ -31,10 +31,13 @@ from .internals_graph import (
     seen_of,
     weight_inputs,
 )
-from .internals_match import Pair, as_dtype, pre_activation
+from .internals_match import Pair, Print, as_dtype, pre_activation, rename_feed
 from .internals_weights import WeightDrift, collect, compare_weights, paired_weights
 
 _SPATIAL = (Category.CONVOLUTION, Category.POOLING)
+_HANDED_ON = 4
+_NOTHING = 1e-4
+"""The part of a variance that counts as none."""
 _RESCALED = 0.2
 """log2 of a channel's gain from which a value may be in other units."""
 
@@ -43,11 +46,12 @@ _RESCALED = 0.2
 class Site:
     """One matched value, and what is measured there.
 
-    `raw_of` is what of the original the value before its Q is compared with; `seen` what the
-    candidate's readers get; `gains` by channel where the candidate's units are others; `matrices`
-    the original's nodes with weights that make it. `half_inside`: 16-bit floats on the way to it.
-    `odd`: values whose DequantizeLinear, on the way, has another scale than its QuantizeLinear.
-    `mixed`: inputs of a Concat that share this value's scale.
+    `raw_of` is what of the original the value before its Q is compared with (`before` the other
+    choice); `seen` what the candidate's readers get; `gains` by channel where the candidate's units
+    are others; `matrices` the original's nodes with weights that make it; `reads` the sites that it
+    is made of. `half_inside`: 16-bit floats on the way to it. `odd`: values whose DequantizeLinear,
+    on the way, has another scale than its QuantizeLinear. `mixed`: inputs of a Concat that share
+    this value's scale.
     """
 
     pair: Pair
@@ -62,6 +66,8 @@ class Site:
     is_input: bool
     has_layer: bool
     matrices: tuple[str, ...] = ()
+    before: str | None = None
+    reads: tuple[Site, ...] = ()
     half_inside: bool = False
     odd: tuple[str, ...] = ()
     mixed: tuple[str, ...] = ()
@@ -107,7 +113,8 @@ def make_sites(
                 op=maker.op_type if maker is not None else "input",
                 axis=channel_axis(value),
                 rank=rank,
-                raw_of=pre_activation(original, pair.original, theirs),
+                raw_of=pair.original,
+                before=pre_activation(original, pair, theirs),
                 seen=seen_of(theirs).name or "",
                 dtype=theirs.dtype,
                 quantizer=quantizer_of(theirs),
@@ -166,7 +173,12 @@ def _attach_weights(
         s: region(candidate.values[s.pair.candidate], stops_c, candidate.computed) for s in sites
     }
     weights_o = collect(original, [n for nodes in ours.values() for n in nodes], feed)
-    weights_c = collect(candidate, [n for nodes in theirs.values() for n in nodes], feed)
+    own = rename_feed(feed, original, candidate)
+    weights_c = collect(candidate, [n for nodes in theirs.values() for n in nodes], own)
+    owner = {v: s for s in sites for v in _names(candidate, s)}
+    for site in sites:
+        values = dict.fromkeys(v for n in theirs[site] for v in n.inputs if v in owner)
+        site.reads = tuple(dict.fromkeys(owner[v] for v in values if owner[v] is not site))
     halves = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
     for site in sites:
         site.half_inside = any(v.dtype in halves for n in theirs[site] for v in n.outputs)
@@ -194,28 +206,43 @@ def find_gains(
     candidate: Side,
     sites: Sequence[Site],
     reference: Mapping[str, np.ndarray],
+    own: Mapping[str, np.ndarray],
     feed: Mapping[str, np.ndarray],
 ) -> None:
-    """Set the gains of values that a candidate holds scaled by channel, to be scaled back later.
+    """Set what each value before its Q is compared with, and the gains of values that a candidate
+    holds scaled by channel.
 
     Cross-layer equalization and SmoothQuant divide a value's channels and multiply what reads them.
     A value counts as such when its channels follow the original's with gains, and what reads it
     comes nearer to the original once it is fed so: after a wrong weight scale it does not.
     """
-    plain = _lines(candidate, sites, reference, feed)
-    suspects = [s for s in sites if not s.is_input and _is_scaled(s, plain[s])]
-    if not suspects:
-        return
-    for site in suspects:
-        gain = plain[site].line().gain
-        site.gains = np.where(gain > 1e-6, gain, 1.0)
-    scaled = _lines(candidate, sites, reference, feed)
-    readers = _readers(candidate, sites)
-    for site in suspects:
+    plain = _lines(candidate, sites, reference, own, feed)
+    scaled, suspects = plain, []
+    for _ in range(_HANDED_ON):  # what only passes channels on (a Relu) shows once it is fed so
+        new = [s for s in sites if s.gains is None and not s.is_input and _is_scaled(s, scaled[s])]
+        if not new:
+            break
+        for site in new:
+            line = scaled[site].line()
+            given = [r.gains for r in site.reads if r.gains is not None]
+            silent = given[0] if given and len(given[0]) == len(line.gain) else 1.0
+            gain = np.where(line.spread > 0, line.gain, silent)  # a channel that never fires here
+            site.gains = np.where(gain > 1e-6, gain, 1.0)
+        suspects += new
+        scaled = _lines(candidate, sites, reference, own, feed)
+    order = {site: i for i, site in enumerate(sites)}
+    suspects.sort(key=order.__getitem__)
+    readers: dict[Site, list[Site]] = {s: [] for s in sites}
+    for reader in sites:
+        for source in reader.reads:
+            readers[source].append(reader)
+    for site in reversed(suspects):  # readers come later in the model, and are settled first
         before, after = (
             sum(_left(lines[reader]) for reader in readers[site]) for lines in (plain, scaled)
         )
-        if not readers[site] or after > 0.5 * before:
+        same = 0.5 * before <= after <= 2 * before or max(before, after) < _NOTHING
+        passes_on = same and any(reader.gains is not None for reader in readers[site])  # a Relu
+        if not passes_on and (not readers[site] or same or after > before):
             site.gains = None
 
 
@@ -223,16 +250,23 @@ def _lines(
     candidate: Side,
     sites: Sequence[Site],
     reference: Mapping[str, np.ndarray],
+    own: Mapping[str, np.ndarray],
     feed: Mapping[str, np.ndarray],
 ) -> dict[Site, Drift]:
     """The drift of each value, before its Q, when fed the original's in the candidate's units."""
     session, inputs = open_forced(candidate, sites)
     with session as runner:
-        results = runner.run(forced_feed(sites, inputs, reference, feed))
+        results = runner.run(forced_feed(sites, inputs, reference, own, feed))
     found = {}
     for site in sites:
         found[site] = Drift(site.axis)
-        found[site].add(reference[site.raw_of], results[site.pair.candidate])
+        result = results[site.pair.candidate]
+        if site.before is not None:
+            mine = Print.of(result)
+            both = (site.pair.original, site.before)
+            site.raw_of = max(both, key=lambda name: mine.correlation(Print.of(reference[name])))
+        before = reference[site.raw_of]
+        found[site].add(before, shaped(result, before))
     return found
 
 
@@ -256,18 +290,6 @@ def _left(drift: Drift) -> float:
     return min(float(np.sum(line.residue)) / signal, 10.0) if signal > 0 else 10.0
 
 
-def _readers(candidate: Side, sites: Sequence[Site]) -> dict[Site, list[Site]]:
-    stops = {v for s in sites for v in _names(candidate, s)}
-    owner = {v: s for s in sites for v in _names(candidate, s)}
-    found: dict[Site, list[Site]] = {s: [] for s in sites}
-    for site in sites:
-        nodes = region(candidate.values[site.pair.candidate], stops, candidate.computed)
-        for source in {owner[v] for n in nodes for v in n.inputs if v in owner}:
-            if source is not site:
-                found[source].append(site)
-    return found
-
-
 # --- feeding -----------------------------------------------------------------------------------
 
 
@@ -283,12 +305,20 @@ def forced_feed(
     sites: Sequence[Site],
     inputs: Mapping[str, tuple[str, np.dtype]],
     reference: Mapping[str, np.ndarray],
+    own: Mapping[str, np.ndarray],
     feed: Mapping[str, np.ndarray],
 ) -> dict[str, np.ndarray]:
-    """The candidate's feed, with the original's arrays for what is forced."""
+    """The candidate's feed, with the original's arrays for what is forced, in the shapes that the
+    candidate's `own` have."""
     given = dict(feed)
     for site in sites:
         if site.pair.candidate in inputs:
             key, dtype = inputs[site.pair.candidate]
-            given[key] = as_dtype(site.in_units(reference[site.pair.original]), dtype)
+            array = site.in_units(reference[site.pair.original])
+            given[key] = as_dtype(shaped(array, own[site.seen]), dtype)
     return given
+
+
+def shaped(array: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """An array reshaped to another's shape, where the size is the same."""
+    return array.reshape(like.shape) if array.size == like.size else array
