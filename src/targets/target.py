@@ -62,7 +62,8 @@ class QuantScheme:
     `activation` and `weight` are the dtypes in the Q/DQ pairs; `per_channel` whether weights have
     a scale for each output channel; `session_options` what the runtime must be told;
     `min_conv_channels` from how many input channels on a convolution of floats over two axes or
-    more is faster in integers than in float (0: from the first).
+    more is faster in integers than in float (0: from the first); `group_channels` up to how many
+    input channels the groups of a convolution are joined before it runs in integers (0: never).
     """
 
     activation: ir.DataType = ir.DataType.UINT8
@@ -71,6 +72,7 @@ class QuantScheme:
     symmetric_activation: bool = False
     reduce_range: bool = False
     min_conv_channels: int = 0
+    group_channels: int = 0
     session_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -15,12 +15,13 @@ import onnx_ir as ir
 from ...errors import PassOptionError
 from ...ir.graph import graph_tree
 from ...ir.quant import INTEGER_OPS, QuantPlan
-from ...targets.target import QuantScheme, Target
+from ...targets.target import QuantScheme, Runtime, Target
 from ..base import Context, Pass, PassResult, Stage
 from .beside import Beside, BesideOptions, LeftOver, options
 from .biases import merge_biases
 from .calibrate import Observer, ObserverOptions, observe
 from .corrections import Corrections, Rounding, add_missing_biases, correct
+from .groups import widen_groups
 from .known_types import require_types
 from .notes import refusal_notes
 from .numbers import Range
@@ -154,6 +155,7 @@ class StaticInt8(Pass):
 
     def _prepare(self, model: ir.Model, context: Context) -> None:
         merge_biases(model, context)
+        self._widen_groups(model, context.target)
         if self.bias_correction:
             add_missing_biases(model)
 
@@ -182,6 +184,12 @@ class StaticInt8(Pass):
 
         samples = context.calibration or ()
         return correct(model, layout, ranges, samples, chosen, plan, context.progress)
+
+    def _widen_groups(self, model: ir.Model, target: Target | None) -> None:
+        """Join groups of the convolutions to be, as the target's integer kernels want them."""
+        if target is None or target.runtime is Runtime.ONNXRUNTIME:
+            layout, _ = self._layout(model, target)
+            widen_groups(layout.nodes, layout.scheme.group_channels)
 
     def _layout(
         self, model: ir.Model, target: Target | None, unseen: frozenset[ir.Graph] = frozenset()
