@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .internals import Internals, Layer
 
 _EXACT = 100.0
-"""dB at which what is exact is drawn."""
+"""dB from which a layer counts as exact, and is not drawn."""
 _FEW = 3
 _COLOURS = ("#1f77b4", "#d62728")
 
@@ -69,17 +69,25 @@ def _depth(found: Internals) -> Any:
     for name, colour, marker in (("injected", _COLOURS[0], "o"), ("accumulated", _COLOURS[1], ".")):
         values = [_drawn(getattr(layer, name).sqnr) for layer in layers]
         label = f"{name}: {'the layer alone' if name == 'injected' else 'the model as it runs'}"
-        axes.plot(places, values, marker=marker, linewidth=1, color=colour, label=label)
+        axes.plot(
+            places,
+            values,
+            marker=marker,
+            linewidth=0 if name == "injected" else 1,
+            color=colour,
+            label=label,
+        )
     flagged = [i for i, layer in enumerate(layers) if layer.causes]
-    axes.plot(
-        flagged,
-        [_drawn(layers[i].injected.sqnr) for i in flagged],
-        linestyle="",
-        marker="x",
-        markersize=11,
-        color="black",
-        label="out of its expected range",
-    )
+    if flagged:
+        axes.plot(
+            flagged,
+            [_drawn(layers[i].injected.sqnr) for i in flagged],
+            linestyle="",
+            marker="x",
+            markersize=11,
+            color="black",
+            label="out of its expected range",
+        )
     axes.set_ylabel("signal to error, dB")
     axes.set_xlabel("layer, in the order of the model")
     if len(layers) <= 60:
@@ -120,9 +128,7 @@ def _bars(axes: Any, edges: Sequence[float], ours: Sequence[int], theirs: Sequen
 
 
 def _drawn(value: float) -> float:
-    if math.isnan(value):
-        return 0.0
-    return min(max(value, -20.0), _EXACT)
+    return math.nan if math.isnan(value) or value >= _EXACT else max(value, -20.0)
 
 
 def _text(value: float) -> str:
