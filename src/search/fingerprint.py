@@ -72,7 +72,7 @@ def feeds_digest(feeds: Iterable[Feed] | None) -> str:
 
 def target_digest(target: Target, profile: Profile | None) -> str:
     """Of the target's facts, and of the fitted latency that plans and predictions go by."""
-    return combine(target, None if profile is None else repr(profile))
+    return combine(target, profile)
 
 
 def passes_digest(passes: Iterable[Pass]) -> str:

@@ -238,13 +238,13 @@ def _static(facts: ModelFacts, target: Target, none: str) -> list[_Variant]:
             for name, why in observers
         ),
         static(
-            "smooth_quant, int8",
+            "smooth_quant + int8",
             f"{facts.normed} products read a normalization: outlier channels can move to weights",
             _with("smooth_quant", "int8"),
             also=norms,
         ),
         static(
-            "equalize, int8",
+            "equalize + int8",
             f"{facts.rescalable} pairs of layers can be rescaled to even channel ranges",
             _with("equalize", "int8"),
             also=pairs,
@@ -267,7 +267,7 @@ def _static(facts: ModelFacts, target: Target, none: str) -> list[_Variant]:
             "int8{reconstruct=true}",
         ),
         static(
-            "int8, int16 activations",
+            "int8 int16-activations",
             "where activations, not weights, need the finer steps",
             "int8{scheme=u16s8}",
             "int8{scheme=s16s8}",
@@ -315,13 +315,13 @@ def _weights(facts: ModelFacts, none: str) -> list[_Variant]:
             calibrated=True,
         ),
         int4(
-            "int4-weights awq, gptq",
+            "int4-weights awq + gptq",
             "both: channels kept finer, then rounding made up for",
             "weight_only{bits=4,method=awq-gptq}",
             calibrated=True,
         ),
         int4(
-            "int3-weights awq, gptq",
+            "int3-weights awq + gptq",
             "less than a tenth of the file, where 4 bits are not small enough",
             "weight_only{bits=3,method=awq-gptq}",
             calibrated=True,
