@@ -18,6 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import edgepass
 from edgepass.cli import main
+from edgepass.cost.budget import Answer, Verdict
 from edgepass.errors import UsageError
 from edgepass.evaluation.report import (
     EXCEEDS,
@@ -48,6 +49,7 @@ import onnx_ir as ir
 
 from edgepass import Pass, PassResult, Stage
 from edgepass.cli import main
+from edgepass.cost.budget import Answer, Verdict
 from edgepass.errors import UsageError
 
 
@@ -481,6 +483,21 @@ def test_none_may_be_shipped_and_why():
     for part in ("No recipe that compresses", "bad", "accuracy changes by -0.05", "dense1", "fp32"):
         assert part in best.reason
     assert nearest(rows).name == "bad"
+
+
+def test_layers_are_blamed_only_for_what_they_did():
+    def blame(chosen):
+        raise AssertionError(f"{chosen.name} is asked about")
+
+    bad = row("bad", 100, 5, 0.90, allowed=False)
+    rows = [row("fp32", 400, 10, 0.92, allowed=False, lossless=True), bad]
+    best = choose(rows, measured=True, blame=blame)
+    assert best.row is None
+    assert "fp32, which is lossless, misses the limits too" in best.reason
+    over = Verdict("size", Answer.MISSED, 1.0, 2.0, 1.0, "size missed: 2.00 MB")
+    best = choose([row("large", 100, 5, budget=(over,))], measured=True, blame=blame)
+    assert best.misses == ("size missed: 2.00 MB",)
+    assert "blame" not in best.reason
 
 
 def test_lossless_alone_is_enough_where_nothing_else_was_asked_for():

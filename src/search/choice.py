@@ -15,7 +15,7 @@ from ..artifact import Artifact, load
 from ..cost.latency import format_ms
 from ..cost.text import format_bytes
 from ..errors import UsageError
-from ..evaluation.report import EXCEEDS, LimitResult
+from ..evaluation.report import EXCEEDS, WITHIN, LimitResult
 from .blame import Blame, Found
 from .rows import Row
 
@@ -100,9 +100,20 @@ def choose(
     near = nearest(rows)
     if near is None:
         return Best(False, spare, _nothing_ran(rows, spare))
-    guilty = blame(near) if near.rung is not None else Found()
+    guilty = _guilty(near, rows, blame)
     text = _regret(near, spare, guilty)
     return Best(False, spare, text, near, near.objections, guilty.layers)
+
+
+def _guilty(near: Row, rows: Sequence[Row], blame: Callable[[Row], Found]) -> Found:
+    """The layers to blame, where it is a layer that is: for what the evaluation found, and not
+    where what changes no result is no better."""
+    if near.rung is None or near.rung.verdict == WITHIN:  # only the budget is missed
+        return Found()
+    for row in rows:
+        if row.lossless and row.rung is not None and row.rung.verdict == EXCEEDS:
+            return Found(unknown=f"{row.name}, which is lossless, misses the limits too")
+    return blame(near)
 
 
 def check_objective(by: str) -> None:
