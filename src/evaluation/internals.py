@@ -31,6 +31,9 @@ from .internals_weights import WeightDrift
 SCHEMA = "edgepass.internals"
 SCHEMA_VERSION = 1
 
+_FIRST = 3
+"""Samples that units are found on."""
+
 Feed = Mapping[str, np.ndarray]
 
 
@@ -257,13 +260,15 @@ class _Inspection:
         """Fill the sites' sums."""
         total = 2 * len(self.feeds)
         with self.original.watch(self.names) as runner:
-            first = _run(runner, self.feeds[0], 0)
-            own = rename_feed(self.feeds[0], self.original, self.candidate)
+            first = []
             with self.candidate.watch(s.seen for s in self.sites) as free:
-                found = _run(free, own, 0)
+                for i, sample in enumerate(self.feeds[:_FIRST]):
+                    own = rename_feed(sample, self.original, self.candidate)
+                    first.append((_run(runner, sample, i), _run(free, own, i), own))
             for site in self.sites:
-                site.rank = found[site.seen].ndim
-            find_gains(self.candidate, self.sites, first, found, own)
+                site.rank = first[0][1][site.seen].ndim
+            find_gains(self.candidate, self.sites, first)
+            del first
             for i, sample in enumerate(self.feeds):
                 self.progress(i, total, "ranges of the original")
                 self._extend(_run(runner, sample, i))

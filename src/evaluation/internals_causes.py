@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from .drift import Rounding
+from .drift import Line, Rounding
 from .internals_sites import Site
 from .internals_weights import WeightDrift
 
@@ -30,6 +30,8 @@ WIDE = 2.8
 """Times the data's range from which a quantizer's is too wide."""
 GAIN = 0.5
 """log2 of a gain from which it is no rounding."""
+GOOD = 25.0
+"""dB from which clipping does no harm worth a word: observers trade some of it for finer steps."""
 WEAK = 15.0
 """dB below which a layer alone does harm, whatever the others do."""
 LOW_BITS = 12.0
@@ -212,7 +214,11 @@ def _rounding(site: Site) -> Iterator[Culprit]:
             1 / _overshoot(rounding, site),
             channels,
         )
-    elif rounding.clipped_share > 0 and ratio < 1 and _cuts(loss, _overshoot(rounding, site)):
+    elif (
+        rounding.clipped_share > 0
+        and ratio < 1
+        and _cuts(rounding.sqnr, loss, _overshoot(rounding, site))
+    ):
         yield _culprit(
             site,
             "activation_scale_too_small",
@@ -246,9 +252,9 @@ def _rounding(site: Site) -> Iterator[Culprit]:
             )
 
 
-def _cuts(loss: float, overshoot: float) -> bool:
+def _cuts(sqnr: float, loss: float, overshoot: float) -> bool:
     """Whether clipping does harm: by what it loses, or where much is cut off and nothing won."""
-    return loss > LOSS or (loss > CUT_LOSS and overshoot > WIDE)
+    return sqnr < GOOD and (loss > LOSS or (loss > CUT_LOSS and overshoot > WIDE))
 
 
 def _ratio(rounding: Rounding) -> float:
@@ -375,8 +381,9 @@ def _results(typical: float) -> Callable[[Site], Iterator[Culprit]]:
             )
         else:
             yield from _dead(site, line.gain, line.spread)
-            yield from _channel_scales(site, line.gain, line.spread)
-            if drift.offset_share > 0.7 and drift.sqnr < min(25.0, typical):
+            yield from _channel_scales(site, line)
+            offsets = drift.offset_share > 0.7 and drift.sqnr < min(25.0, typical)
+            if offsets and _lost(site, line.offset):
                 yield _culprit(
                     site,
                     "bias_lost",
@@ -405,10 +412,27 @@ def _dead(site: Site, gain: np.ndarray, spread: np.ndarray) -> Iterator[Culprit]
         )
 
 
-def _channel_scales(site: Site, gain: np.ndarray, spread: np.ndarray) -> Iterator[Culprit]:
+def _lost(site: Site, offset: np.ndarray) -> bool:
+    """Whether the offsets are what a bias of the original adds, or too much for rounding.
+
+    Coarse weights move results too where what they multiply hardly varies (after a pooling).
+    """
+    for bias in site.biases:
+        if bias.size == offset.size and (power := float(bias @ bias)) > 0:
+            share = -float(bias @ offset) / power
+            left = float(np.sum((offset + share * bias) ** 2))
+            if abs(share - 1) < 0.3 and left < 0.2 * power:
+                return True
+    exact = all(w.bits >= 8 for w in site.weights) and site.gains is None
+    return exact and not site.biases and site.computed.offset_share > 0.9
+
+
+def _channel_scales(site: Site, line: Line) -> Iterator[Culprit]:
+    gain, spread = line.gain, line.spread
     if not site.weights or len(gain) < 4:
         return
     lively = (spread > 0.01 * np.median(spread)) & (gain > 0.1)
+    lively &= line.residue < 0.1 * gain**2 * spread  # else it is noise, no scale
     with np.errstate(divide="ignore", invalid="ignore"):
         off = lively & (np.abs(np.log2(np.where(gain > 0, gain, 1.0))) > 1.5 * GAIN)
     off &= site.computed.channel_sqnr() < CHANNEL

@@ -8,13 +8,13 @@ the data (`internals`), judging (`internals_causes`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from ..ir.graph import is_onnx_op
+from ..ir.graph import constant_array, is_onnx_op
 from ..ir.ops import Category, facts, is_elementwise
 from ..targets.onnxruntime import OrtRunner
 from .drift import Drift, Extent, Histogram, Rounding
@@ -34,6 +34,8 @@ from .internals_graph import (
 from .internals_match import Pair, Print, as_dtype, pre_activation, rename_feed
 from .internals_weights import WeightDrift, collect, compare_weights, paired_weights
 
+Arrays = Mapping[str, np.ndarray]
+
 _SPATIAL = (Category.CONVOLUTION, Category.POOLING)
 _HANDED_ON = 4
 _NOTHING = 1e-4
@@ -49,9 +51,9 @@ class Site:
     `raw_of` is what of the original the value before its Q is compared with (`before` the other
     choice); `seen` what the candidate's readers get; `gains` by channel where the candidate's units
     are others; `matrices` the original's nodes with weights that make it; `reads` the sites that it
-    is made of. `half_inside`: 16-bit floats on the way to it. `odd`: values whose DequantizeLinear,
-    on the way, has another scale than its QuantizeLinear. `mixed`: inputs of a Concat that share
-    this value's scale.
+    is made of; `biases` the vectors that the original's nodes read. `half_inside`: 16-bit floats on
+    the way to it. `odd`: values whose DequantizeLinear, on the way, has another scale than its
+    QuantizeLinear. `mixed`: inputs of a Concat that share this value's scale.
     """
 
     pair: Pair
@@ -68,6 +70,7 @@ class Site:
     matrices: tuple[str, ...] = ()
     before: str | None = None
     reads: tuple[Site, ...] = ()
+    biases: tuple[np.ndarray, ...] = ()
     half_inside: bool = False
     odd: tuple[str, ...] = ()
     mixed: tuple[str, ...] = ()
@@ -192,7 +195,17 @@ def _attach_weights(
             [w for n in ours[site] for w in weights_o.get(n, ())],
             [w for n in theirs[site] for w in weights_c.get(n, ())],
         )
+        site.biases = tuple(_vectors(ours[site], original))
         site.weights = tuple(compare_weights(a, b) for a, b in pairs if a.array.size)
+
+
+def _vectors(nodes: Sequence[ir.Node], side: Side) -> Iterator[np.ndarray]:
+    """Constants of one axis that nodes read: biases, and what a batch norm adds."""
+    for node in nodes:
+        for value in weight_inputs(node, side.computed):
+            array = constant_array(value)
+            if array is not None and array.size == max(array.shape, default=0) > 1:
+                yield array.reshape(-1).astype(np.float64)
 
 
 def _names(candidate: Side, site: Site) -> list[ir.Value]:
@@ -205,9 +218,7 @@ def _names(candidate: Side, site: Site) -> list[ir.Value]:
 def find_gains(
     candidate: Side,
     sites: Sequence[Site],
-    reference: Mapping[str, np.ndarray],
-    own: Mapping[str, np.ndarray],
-    feed: Mapping[str, np.ndarray],
+    samples: Sequence[tuple[Arrays, Arrays, Arrays]],
 ) -> None:
     """Set what each value before its Q is compared with, and the gains of values that a candidate
     holds scaled by channel.
@@ -216,7 +227,7 @@ def find_gains(
     A value counts as such when its channels follow the original's with gains, and what reads it
     comes nearer to the original once it is fed so: after a wrong weight scale it does not.
     """
-    plain = _lines(candidate, sites, reference, own, feed)
+    plain = _lines(candidate, sites, samples)
     scaled, suspects = plain, []
     for _ in range(_HANDED_ON):  # what only passes channels on (a Relu) shows once it is fed so
         new = [s for s in sites if s.gains is None and not s.is_input and _is_scaled(s, scaled[s])]
@@ -229,7 +240,7 @@ def find_gains(
             gain = np.where(line.spread > 0, line.gain, silent)  # a channel that never fires here
             site.gains = np.where(gain > 1e-6, gain, 1.0)
         suspects += new
-        scaled = _lines(candidate, sites, reference, own, feed)
+        scaled = _lines(candidate, sites, samples)
     order = {site: i for i, site in enumerate(sites)}
     suspects.sort(key=order.__getitem__)
     readers: dict[Site, list[Site]] = {s: [] for s in sites}
@@ -247,26 +258,25 @@ def find_gains(
 
 
 def _lines(
-    candidate: Side,
-    sites: Sequence[Site],
-    reference: Mapping[str, np.ndarray],
-    own: Mapping[str, np.ndarray],
-    feed: Mapping[str, np.ndarray],
+    candidate: Side, sites: Sequence[Site], samples: Sequence[tuple[Arrays, Arrays, Arrays]]
 ) -> dict[Site, Drift]:
     """The drift of each value, before its Q, when fed the original's in the candidate's units."""
     session, inputs = open_forced(candidate, sites)
+    found = {site: Drift(site.axis) for site in sites}
     with session as runner:
-        results = runner.run(forced_feed(sites, inputs, reference, own, feed))
-    found = {}
-    for site in sites:
-        found[site] = Drift(site.axis)
-        result = results[site.pair.candidate]
-        if site.before is not None:
-            mine = Print.of(result)
-            both = (site.pair.original, site.before)
-            site.raw_of = max(both, key=lambda name: mine.correlation(Print.of(reference[name])))
-        before = reference[site.raw_of]
-        found[site].add(before, shaped(result, before))
+        for i, (reference, own, feed) in enumerate(samples):
+            results = runner.run(forced_feed(sites, inputs, reference, own, feed))
+            for site in sites:
+                result = results[site.pair.candidate]
+                if site.before is not None and i == 0:
+                    mine = Print.of(result)
+                    likeness = {
+                        name: mine.correlation(Print.of(reference[name]))
+                        for name in (site.pair.original, site.before)
+                    }
+                    site.raw_of = max(likeness, key=likeness.__getitem__)
+                before = reference[site.raw_of]
+                found[site].add(before, shaped(result, before))
     return found
 
 
