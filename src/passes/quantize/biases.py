@@ -12,12 +12,13 @@ import numpy as np
 import onnx_ir as ir
 
 from ...ir.edit import Builder
-from ...ir.graph import dims_of, static_shape
+from ...ir.graph import constant_tensor, dims_of, is_absent, static_shape
 from ...ir.match import Match, OpPattern, const, op, var
 from ..base import Context
 from ..fuse.gemm import MatMulAddToGemm
 from ..rules import RewriteRule
 from .known_types import require_types
+from .qdq import absent
 
 
 def merge_biases(model: ir.Model, context: Context) -> None:
@@ -59,8 +60,17 @@ class StackedMatMulAddToGemm(RewriteRule):
         rows = build.Reshape(m["x"], np.array([-1, w[0]], np.int64))
         bias = m["c"]
         if len(static_shape(bias) or ()) > 2:
-            bias = build.Reshape(bias, np.array([w[1]], np.int64))
+            bias = build.initializer("bias", _row(bias, w[1]))
         product = build.Gemm(rows, m["w"], bias)
         back = [d if isinstance(d, int) else -1 for d in dims[:-1]]
         value: ir.Value = build.Reshape(product, np.array([*back, w[1]], np.int64))
         return value
+
+
+def _row(bias: ir.Value, columns: int) -> np.ndarray | ir.TensorProtocol:
+    tensor = constant_tensor(bias)
+    assert tensor is not None
+    if is_absent(tensor):
+        return absent(tensor.dtype, (columns,))
+    row: np.ndarray = tensor.numpy().reshape(columns)
+    return row

@@ -60,6 +60,7 @@ class PlanOptions:
     exclude: tuple[str, ...] = ()
     attention: bool = False
     unseen: frozenset[ir.Graph] = frozenset()
+    sensitive: frozenset[str] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,9 +189,14 @@ class _Planner:
         reason = _why_not(node, self.options.attention) or self._too_thin(node)
         if not reason and self.graph in self.options.unseen:
             reason = "calibration never ran its branch"
+        if not reason and self._is_sensitive(node):
+            reason = "sensitive: in 8 bits it does most of the harm on the calibration data"
         if reason:
             self.refused[node] = reason
         return not reason
+
+    def _is_sensitive(self, node: ir.Node) -> bool:
+        return (node.name or node.outputs[0].name or "") in self.options.sensitive
 
     def _too_thin(self, node: ir.Node) -> str:
         """Why a convolution of few channels stays float, where the target says so; else ''."""
@@ -225,7 +231,7 @@ class _Planner:
     def _may_follow(self, node: ir.Node) -> bool:
         if not self._allowed(node) or INTEGER_OPS[node.op_type].weighted:
             return False
-        if not all(_is_float(v) for v in node.outputs):
+        if self._is_sensitive(node) or not all(_is_float(v) for v in node.outputs):
             return False
         values = [node.inputs[i] for i in data_inputs(node)]
         if not all(_is_float(v) for v in values) or not any(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import onnx_ir as ir
 
@@ -19,7 +19,7 @@ from ...targets.target import QuantScheme, Runtime, Target
 from ..base import Context, Pass, PassResult, Stage
 from .beside import Beside, BesideOptions, LeftOver, options
 from .biases import merge_biases
-from .calibrate import Observer, ObserverOptions, observe
+from .calibrate import Observer, ObserverOptions, Ranges, observe
 from .corrections import Corrections, Rounding, add_missing_biases, correct
 from .groups import widen_groups
 from .known_types import require_types
@@ -30,6 +30,11 @@ from .plan import DEFAULT_OPS, Int8Layout, PlanOptions, lay_out
 from .qdq import Ready, write_qdq
 from .recurrent import Recurrent
 from .scheme import AUTO, check_scheme_name, for_opset, resolve_scheme
+from .sensitivity import Protected, protect
+from .switched import Switched
+
+_TOO_LARGE = 1 << 29
+"""Bytes of weights above which layers are not tried one by one: it takes them twice."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +52,7 @@ class StaticInt8(Pass):
     bias. `rounding`: "nearest", or "adaround": up or down as serves each layer's result (minutes
     for large models). `reconstruct`: solves each layer's weights again, by least squares, for the
     inputs that the quantized layers before it make.
+    `protect`: layers whose quantization does most of the harm on the calibration data stay float.
     `recurrent`: LSTMs in integers, quantized while they run, where that is faster ("auto"),
     "always" or "never". `leftovers`: "stored", weights of what can't run in integers (GRU,
     ConvTranspose, branches that calibration never ran) are 8 bits in the file and unpacked when the
@@ -65,6 +71,7 @@ class StaticInt8(Pass):
     exclude: tuple[str, ...] = ()
     ops: tuple[str, ...] = DEFAULT_OPS
     attention: bool = False
+    protect: bool = True
     recurrent: str = Recurrent.AUTO.value
     leftovers: str = LeftOver.STORED.value
 
@@ -125,13 +132,13 @@ class StaticInt8(Pass):
         unseen: frozenset[ir.Graph] = frozenset()
         ranges = None
         if layout.nodes:
-            observer = ObserverOptions(
-                observer=self.observer,
-                percentile=self.percentile,
-                dtype=layout.scheme.activation,
-                symmetric=layout.scheme.symmetric_activation,
+            ranges = observe(
+                model,
+                layout.sources,
+                context.calibration,
+                context.progress,
+                self._observer(layout),
             )
-            ranges = observe(model, layout.sources, context.calibration, context.progress, observer)
             calibrated = (
                 f"calibrated on {ranges.samples} samples, {self.observer}",
                 *ranges.notes,
@@ -141,17 +148,76 @@ class StaticInt8(Pass):
             )
             if unseen:  # no range tells of what calibration never computed
                 layout, _ = self._layout(model, context.target, unseen)
-        beside = Beside(model, context, self._beside(), layout.nodes)
+        found = self._protected(model, ranges, unseen, context)
+        if found.names:
+            layout, _ = self._layout(model, context.target, unseen, found.names)
+            ranges = self._complete(model, layout, ranges, context)
+        given = self._beside(tuple(n for n in found.names if n not in found.storable))
+        beside = Beside(model, context, given, layout.nodes)
         notes = (*notes, *_notes(layout, beside))
         if layout.nodes:
-            corrected, more = self._correct(model, layout, ranges, unseen, context)
+            corrected, more = self._correct(model, layout, ranges, unseen, context, found.names)
             write_qdq(model, layout, ranges, corrected)
-            notes += more
+            notes += (*found.notes, *more)
         notes += beside.write(context.target)
         return PassResult(model, bool(layout.nodes or beside), (*notes, *calibrated))
 
-    def _beside(self) -> BesideOptions:
-        return options(self.name, self.exclude, self.recurrent, self.leftovers, self.per_channel)
+    def _protected(
+        self,
+        model: ir.Model,
+        ranges: Ranges | None,
+        unseen: frozenset[ir.Graph],
+        context: Context,
+    ) -> Protected:
+        """The layers that had better stay float, found with the ranges of all."""
+        size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
+        if not self.protect or ranges is None or size > _TOO_LARGE:
+            return Protected()
+        plan = self._planner(model, unseen, context)
+        with Switched(model, plan, ranges) as switched:
+            return protect(switched, context.calibration or (), context.progress)
+
+    def _complete(
+        self, model: ir.Model, layout: Int8Layout, ranges: Ranges | None, context: Context
+    ) -> Ranges | None:
+        """Ranges with those of values that only the new layout has pairs on."""
+        assert ranges is not None
+        missing = [v for v in layout.sources if (v.name or "") not in ranges]
+        if missing:
+            more = observe(
+                model, missing, context.calibration, context.progress, self._observer(layout)
+            )
+            ranges.update(more)
+        return ranges
+
+    def _beside(self, kept: tuple[str, ...] = ()) -> BesideOptions:
+        exclude = self.exclude + kept
+        return options(self.name, exclude, self.recurrent, self.leftovers, self.per_channel)
+
+    def _observer(self, layout: Int8Layout) -> ObserverOptions:
+        return ObserverOptions(
+            observer=self.observer,
+            percentile=self.percentile,
+            dtype=layout.scheme.activation,
+            symmetric=layout.scheme.symmetric_activation,
+        )
+
+    def _planner(
+        self,
+        model: ir.Model,
+        unseen: frozenset[ir.Graph],
+        context: Context,
+        kept: tuple[str, ...] = (),
+    ) -> Callable[[ir.Model], Int8Layout]:
+        """Lays out a copy of the model as the model is."""
+        places = [graph in unseen for graph in graph_tree(model.graph)]
+
+        def plan(copy: ir.Model) -> Int8Layout:
+            left = zip(graph_tree(copy.graph), places, strict=True)
+            same = frozenset(graph for graph, missing in left if missing)
+            return self._layout(copy, context.target, same, kept)[0]
+
+        return plan
 
     def _prepare(self, model: ir.Model, context: Context) -> None:
         merge_biases(model, context)
@@ -166,6 +232,7 @@ class StaticInt8(Pass):
         ranges: Mapping[str, Range] | None,
         unseen: frozenset[ir.Graph],
         context: Context,
+        kept: tuple[str, ...],
     ) -> tuple[dict[str, Ready], tuple[str, ...]]:
         """Integers that corrections make of weights, by name; biases change in place."""
         chosen = Corrections(
@@ -175,13 +242,7 @@ class StaticInt8(Pass):
         )
         if not chosen or ranges is None:
             return {}, ()
-        places = [graph in unseen for graph in graph_tree(model.graph)]
-
-        def plan(copy: ir.Model) -> Int8Layout:
-            left = zip(graph_tree(copy.graph), places, strict=True)
-            same = frozenset(graph for graph, missing in left if missing)
-            return self._layout(copy, context.target, same)[0]
-
+        plan = self._planner(model, unseen, context, kept)
         samples = context.calibration or ()
         return correct(model, layout, ranges, samples, chosen, plan, context.progress)
 
@@ -192,14 +253,22 @@ class StaticInt8(Pass):
             widen_groups(layout.nodes, layout.scheme.group_channels)
 
     def _layout(
-        self, model: ir.Model, target: Target | None, unseen: frozenset[ir.Graph] = frozenset()
+        self,
+        model: ir.Model,
+        target: Target | None,
+        unseen: frozenset[ir.Graph] = frozenset(),
+        kept: tuple[str, ...] = (),
     ) -> tuple[Int8Layout, tuple[str, ...]]:
         scheme, notes = for_opset(resolve_scheme(self.scheme, target), model)
         if not self.per_channel:
             scheme = dataclasses.replace(scheme, per_channel=False)
         require_types(model)
         chosen = PlanOptions(
-            ops=self.ops, exclude=self.exclude, attention=self.attention, unseen=unseen
+            ops=self.ops,
+            exclude=self.exclude,
+            attention=self.attention,
+            unseen=unseen,
+            sensitive=frozenset(kept),
         )
         notes += _session_notes(scheme, target)
         return lay_out(model, scheme, chosen), notes

@@ -1,0 +1,177 @@
+"""What each layer's quantization does to the result, and which layers had better stay float.
+
+Here: `layer_effects` (one layer in, and one out, at a time, on any measure) and `protect` (the
+fewest layers to keep float). Not here: the switches (`switched`), the user's metric on real data
+(`search.sensitivity`), what an excluded layer becomes (`plan`, `leftovers`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from ..base import Feed
+from .switched import Switched, Unit, divergence
+
+Progress = Callable[[int, int, str], None]
+Measure = Callable[[np.ndarray, np.ndarray], float]
+"""What the masks of values and of weights cost, larger is worse."""
+
+QUIET = 0.01
+"""Error power over signal power (20 dB) below which no layer is looked at."""
+MAX_SAMPLES = 8
+RUINED = 0.06
+"""Error power over signal power (12 dB) above which results are of no use."""
+MAX_KEPT = 0.25
+"""The largest share of the layers that may be kept float, unless results are of no use."""
+MAX_RUNS = 3000
+WORTH = 2.0
+"""Keeping layers float must reduce the error at least so many times."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerEffect:
+    """`alone`: the measure with this layer in 8 bits and all others float; `without`: with all
+    layers in 8 bits but this one; None where it was not measured. `weights`: as `alone`, of the
+    weights only."""
+
+    unit: Unit
+    alone: float
+    without: float | None = None
+    weights: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Protected:
+    """Layers to keep float. `names` of nodes; `storable`: those whose weights may still be stored
+    in 8 bits, since their values do the harm. `before` and `after` are divergences with all layers
+    in 8 bits and with all but these."""
+
+    names: tuple[str, ...] = ()
+    storable: frozenset[str] = frozenset()
+    before: float = 0.0
+    after: float = 0.0
+    notes: tuple[str, ...] = ()
+
+
+def divergence_on(switched: Switched, samples: Sequence[Feed]) -> Measure:
+    """The mean divergence of the outputs from the float model's over samples."""
+    references = [switched.run(sample, switched.none()) for sample in samples]
+
+    def measure(on: np.ndarray, weights: np.ndarray) -> float:
+        parts = [
+            divergence(reference, switched.run(sample, on, weights))
+            for reference, sample in zip(references, samples, strict=True)
+        ]
+        return float(np.mean(parts))
+
+    return measure
+
+
+def layer_effects(
+    switched: Switched,
+    measure: Measure,
+    *,
+    leave_one_out: bool = False,
+    progress: Progress = lambda done, total, what: None,
+) -> tuple[LayerEffect, ...]:
+    """One layer's effect at a time, in graph order."""
+    found = []
+    total = len(switched.units)
+    for i, unit in enumerate(switched.units):
+        progress(i, total, "trying layers one by one")
+        mask = switched.none()
+        mask[i] = True
+        alone = measure(mask, mask)
+        without = measure(~mask, ~mask) if leave_one_out else None
+        found.append(LayerEffect(unit, alone, without))
+    progress(total, total, "")
+    return tuple(found)
+
+
+def spread_over(samples: Sequence[Feed], count: int) -> list[Feed]:
+    """At most `count` samples, evenly spread."""
+    step = max(1, math.ceil(len(samples) / count))
+    return [samples[i] for i in range(0, len(samples), step)][:count]
+
+
+def protect(
+    switched: Switched,
+    samples: Sequence[Feed],
+    progress: Progress = lambda done, total, what: None,
+) -> Protected:
+    """The fewest layers to keep float so that the outputs stay near the float model's.
+
+    With all layers in 8 bits and a divergence below `QUIET`: none. Else layers are ranked by what
+    each does alone, and the shortest head of the ranking is taken that brings the divergence below
+    `QUIET`, or, where none does, comes within twice of the best that any reaches. A head is at most
+    a quarter of the layers; where the result would be `RUINED` even so, it may be all of them. A
+    head that does not halve the error is no remedy, and nothing is kept.
+    """
+    units = len(switched.units)
+    few = spread_over(samples, MAX_SAMPLES)
+    measure = divergence_on(switched, few)
+    every = switched.every()
+    before = measure(every, every)
+    if before <= QUIET or units < 2:
+        return Protected(before=before, after=before)
+    if units * len(few) > MAX_RUNS:
+        few = spread_over(few, max(1, MAX_RUNS // units))
+        measure = divergence_on(switched, few)
+        before = measure(every, every)
+    effects = layer_effects(switched, measure, progress=progress)
+    ranked = sorted(range(units), key=lambda i: -effects[i].alone)
+    most = max(1, int(units * MAX_KEPT))
+    tried: list[tuple[int, float]] = []
+    for count in _heads(units):
+        if count > most and min(error for _, error in tried) <= RUINED:
+            break
+        mask = every.copy()
+        mask[ranked[:count]] = False
+        tried.append((count, measure(mask, mask)))
+        if tried[-1][1] <= QUIET:
+            break
+    best = min(error for _, error in tried)
+    count, after = next((c, e) for c, e in tried if e <= max(QUIET, 2 * best))
+    if after * WORTH > before:
+        note = (
+            f"all layers in 8 bits: {_db(before)} at the outputs on calibration data; no few "
+            "layers are to blame (the worst: "
+            f"{effects[ranked[0]].unit.described}, {_db(effects[ranked[0]].alone)} alone)"
+        )
+        return Protected(before=before, after=before, notes=(note,))
+    chosen = ranked[:count]
+    storable = frozenset(
+        effects[i].unit.name for i in chosen if _weights_are_harmless(switched, measure, i, after)
+    )
+    notes = [
+        f"{count} of {units} layers kept float: {_db(before)} at the outputs with them in 8 bits, "
+        f"{_db(after)} without",
+        *(f"  {effects[i].unit.described}: {_db(effects[i].alone)} alone" for i in chosen),
+    ]
+    names = tuple(effects[i].unit.name for i in sorted(chosen))
+    return Protected(names, storable, before, after, tuple(notes))
+
+
+def _weights_are_harmless(switched: Switched, measure: Measure, i: int, after: float) -> bool:
+    mask = switched.none()
+    mask[i] = True
+    return measure(switched.none(), mask) <= 0.1 * after
+
+
+def _heads(most: int) -> list[int]:
+    """1, 2, 3, 4, 6, 8, 12, ... up to the most."""
+    found, size = [], 1
+    while size < most:
+        found.append(size)
+        size = max(size + 1, int(size * 1.5))
+    return [*found, most]
+
+
+def _db(error: float) -> str:
+    if error <= 0:
+        return "no error"
+    return "not finite" if math.isinf(error) else f"{-10 * math.log10(error):.1f} dB"
