@@ -1,14 +1,15 @@
 """Corrections of static int8 against calibration data: weights solved again, rounding, biases.
 
-Here: `correct`, which goes through the layers of an int8 layout in graph order, a few at a time,
-with inputs as the layers corrected so far make them, and `add_missing_biases`. Not here: the
-arithmetic of each method (`reconstruct`, `adaround`, `bias_correction`), writing (`qdq`).
+Here: `correct`, which goes through the layers of an int8 layout in graph order, those side by side
+at once, with inputs as the layers corrected so far make them, and `add_missing_biases`. Not here:
+the arithmetic of each method (`reconstruct`, `adaround`, `bias_correction`), writing (`qdq`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import enum
+import itertools
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -34,8 +35,8 @@ from .plan import Int8Layout, Weighted
 from .qdq import Ready, drop_unused_constant, input_affines, write_qdq
 from .reconstruct import MAX_INPUTS, reconstruct
 
-ROUNDS = 8
-"""Into how many groups the layers are parted; each is captured behind those before, corrected."""
+MAX_SAMPLES = 128
+"""More calibration samples are thinned out evenly: every layer in a row runs them all again."""
 _BUDGET = 1 << 28
 
 
@@ -94,6 +95,7 @@ def correct(
         CalibrationError: a sample does not fit the model.
     """
     reference = model.clone()
+    step = -(-len(samples) // MAX_SAMPLES)
     work = _Work(model, layout, ranges, chosen)
     blocks = list(work.blocks())
     for done, block in enumerate(blocks):
@@ -106,7 +108,8 @@ def correct(
         results = _same(reference, [item.node.outputs[0] for item in block])
         halves = [work.moments(item) for item in block]
         with Capture(reference, results) as as_float, Capture(twin, _given(inputs)) as as_int:
-            for i, sample in enumerate(samples):
+            for i in range(0, len(samples), step):
+                sample = samples[i]
                 wanted, found = as_float.run(sample, i), as_int.run(sample, i)
                 for half, value, result in zip(halves, inputs, results, strict=True):
                     assert value is not None
@@ -117,6 +120,16 @@ def correct(
             work.correct(item, half)
     progress(len(blocks), len(blocks), "correcting")
     return work.ready, work.notes()
+
+
+def _levels(graph: ir.Graph, layers: set[ir.Node]) -> dict[ir.Node, int]:
+    """How many of the layers lie on the longest way to each node."""
+    levels: dict[ir.Node, int] = {}
+    for node in graph:
+        before = [v.producer() for v in node.inputs if v is not None]
+        depth = max((levels[p] for p in before if p in levels), default=0)
+        levels[node] = depth + (node in layers)
+    return levels
 
 
 def _same(model: ir.Model, values: Sequence[ir.Value]) -> list[ir.Value]:
@@ -154,18 +167,22 @@ class _Work:
         self.wide = 0
 
     def blocks(self) -> Iterator[list[Weighted]]:
-        """Layers in graph order, in runs whose sums fit in memory together."""
-        step = max(1, -(-len(self.layers) // ROUNDS))
-        block: list[Weighted] = []
-        size = 0
-        for item, layer in self.layers.items():
-            need = Moments.bytes(layer) if self.chosen.needs_products else 0
-            if block and (len(block) == step or size + need > _BUDGET):
-                yield block
-                block, size = [], 0
-            block.append(item)
-            size += need
-        if block:
+        """Layers none of which gets another's result, in order, whose sums fit in memory together.
+
+        Were one behind another, both would make up for the same error.
+        """
+        levels = _levels(self.model.graph, {item.node for item in self.items})
+        ordered = sorted(self.layers, key=lambda item: levels[item.node])
+        for _, level in itertools.groupby(ordered, key=lambda item: levels[item.node]):
+            block: list[Weighted] = []
+            size = 0
+            for item in level:
+                need = Moments.bytes(self.layers[item]) if self.chosen.needs_products else 0
+                if block and size + need > _BUDGET:
+                    yield block
+                    block, size = [], 0
+                block.append(item)
+                size += need
             yield block
 
     def moments(self, item: Weighted) -> tuple[Moments, ...]:
