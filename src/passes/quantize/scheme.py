@@ -19,6 +19,7 @@ SCHEMES: dict[str, QuantScheme] = {
         activation=ir.DataType.INT8, session_options={"session.qdqisint8allowed": "1"}
     ),
     "u8u8": QuantScheme(weight=ir.DataType.UINT8),
+    "s16s8": QuantScheme(activation=ir.DataType.INT16, symmetric_activation=True),
 }
 """The schemes an option can name: dtype of activations, then of weights."""
 
@@ -81,6 +82,16 @@ def for_opset(scheme: QuantScheme, model: ir.Model) -> tuple[QuantScheme, tuple[
             fix="load the model with edgepass.load, which converts old opsets, or convert it to "
             "opset 13 or above",
         )
+    if scheme.activation.bitwidth == 16:
+        if opset < 21:
+            raise UsageError(
+                f"Opset {opset} has no 16-bit QuantizeLinear",
+                where="pass 'int8', option 'scheme'",
+                why="int16 came with opset 21",
+                fix="export the model with opset 21 or above, or use another scheme",
+            )
+        why = "ONNX Runtime's CPU has no integer kernels for them: smaller weights, not faster"
+        return scheme, (f"int16 activations: {why}",)
     if opset < 13 and scheme.per_channel:
         note = f"per-tensor weights: opset {opset} has no per-channel scales (13 has)"
         return dataclasses.replace(scheme, per_channel=False), (note,)
