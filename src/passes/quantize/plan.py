@@ -49,6 +49,11 @@ GATES = ("Sigmoid", "HardSigmoid")
 _BIAS = QuantSpec(ir.DataType.INT32, True, PerTensor(), zero_points=False)
 
 
+_MANY_OUTPUTS, _MANY_PRODUCTS = 32, 100
+"""Output channels, and products a result, from which the few input channels of a convolution do
+not matter: measured at 3 channels, 7x7 to 64 outputs 0.8x the time of float, 3x3 1.5 to 2.4x."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanOptions:
     """What a caller may choose. `exclude` holds node names and operator types.
@@ -206,7 +211,8 @@ class _Planner:
             return ""
         source = node.inputs[0].producer() if node.inputs[0] is not None else None
         reads_integers = len(shape) == 4 and self._leads_to_seed(source)
-        if shape[1] >= least or reads_integers:
+        deep = shape[0] >= _MANY_OUTPUTS and math.prod(shape[1:]) >= _MANY_PRODUCTS
+        if shape[1] >= least or reads_integers or deep:
             return ""
         # A MaxPool of integers is quick only beside an integer convolution (channels last).
         results = [
