@@ -19,7 +19,7 @@ FEW = 16
 """Fewer samples than that are noted."""
 EXCESS = 0.25
 """By how much a half's range may be wider than the other's, as a share of that one's width."""
-SHARE = 0.3
+SHARE = 1 / 3
 """The share of the tensors over which that may be so.
 
 Measured, 32 samples, 6 to 20 draws each: at most 0 % of a digits CNN's tensors, 15 % of a text
@@ -73,7 +73,7 @@ class Coverage:
     def _disagreement(self) -> list[str]:
         excess = {v: _excess(*halves) for v, halves in self._halves.items()}
         beyond = sorted((v for v in excess if excess[v] > EXCESS), key=lambda v: -excess[v])
-        if len(beyond) <= SHARE * len(excess):
+        if len(beyond) <= SHARE * len(excess) or len(beyond) == 1 < len(excess):
             return []
         worst = ", ".join(f"{v.name!r} ({_times(excess[v])})" for v in beyond[:_NAMED])
         return [
