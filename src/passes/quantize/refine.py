@@ -10,6 +10,9 @@ import numpy as np
 
 from .grids import Codes, spread
 
+_LAZY = 64
+"""Inputs whose pulls are computed in one product."""
+
 
 def refine(
     matrix: np.ndarray,
@@ -74,10 +77,15 @@ def _descend(wanted: np.ndarray, moments: np.ndarray, codes: Codes) -> Codes:
     zero = spread(codes.zero, grid, depth).astype(np.float64)
     chosen = codes.codes.copy()
     error = wanted - (chosen - zero) * scale
-    for i in range(depth):
-        pull = moments[i] @ error / moments[i, i]
-        now = wanted[i] - error[i]
-        code = np.clip(np.rint((now + pull) / scale[i]) + zero[i], 0, grid.levels)
-        chosen[i] = code
-        error[i] = wanted[i] - (code - zero[i]) * scale[i]
+    for start in range(0, depth, _LAZY):
+        rows = slice(start, min(depth, start + _LAZY))
+        pull = moments[rows] @ error  # of the block at once; kept up to date row by row
+        for i in range(start, rows.stop):
+            at = i - start
+            now = wanted[i] - error[i] + pull[at] / moments[i, i]
+            code = np.clip(np.rint(now / scale[i]) + zero[i], 0, grid.levels)
+            chosen[i] = code
+            moved = wanted[i] - (code - zero[i]) * scale[i] - error[i]
+            error[i] += moved
+            pull[at + 1 :] += moments[i + 1 : rows.stop, i, None] * moved
     return Codes(grid, chosen, codes.scale, codes.zero)
