@@ -34,6 +34,7 @@ from .passes.probe import Probe, Sample, working_sample
 from .passes.spec import format_passes
 from .pipelines import epilogue, parse_recipe
 from .samples import as_feeds
+from .slower import promises_speed, require_faster
 from .speed import Speed, compare, runner_of
 from .targets.feed import input_specs
 from .targets.registry import get_target, runs_on_host
@@ -59,6 +60,7 @@ def compile(  # noqa: A001 - the name users look for
     check_numerics: bool = True,
     time_budget_s: float = 0.5,
     budget: Budget | None = None,
+    force: bool = False,
     progress: ProgressCall | None = None,
 ) -> Compiled:
     """Compile a model for a target.
@@ -82,9 +84,12 @@ def compile(  # noqa: A001 - the name users look for
             machine can run it; 0 for none.
         budget: limits to hold the result against, in `Compiled.verdicts`: met, missed, or cannot
             tell. Latency is the measured one where the result was timed on this machine.
+        force: keep a result of int8 that is slower than float, which is refused otherwise: by a
+            timing on this machine, or, where there is none, by the prediction.
         progress: called with (done, total, what).
 
     Raises:
+        SlowerError: int8 is slower than float here, and `force` was not given.
         EdgepassError: its subclasses say what, where, why and what to do.
     """
     device = get_target(target)
@@ -111,7 +116,8 @@ def compile(  # noqa: A001 - the name users look for
     timed = time_budget_s > 0 and sample.runs and runs_on_host(device)
     original = graph.clone() if timed else None
     hinted = recipe == "default" and device.scheme is not None and len(graph.graph) <= _HINTED
-    imported = Architecture(without_weights(graph)) if hinted else None
+    guarded = not force and bool(promises_speed(wanted))
+    imported = Architecture(without_weights(graph)) if hinted or guarded else None
     probe = Probe(sample.feed) if check_numerics and sample.runs else None
     graph, ledger = run_passes(graph, chosen, context, probe=probe)
     _judge(ledger, chosen, strict, notes, _lossless_bound(graph))
@@ -128,7 +134,7 @@ def compile(  # noqa: A001 - the name users look for
         saved=graph,
         profile=profile,
     )
-    if imported is not None:
+    if hinted and imported is not None:
         notes.append(_what_int8_adds(imported, report, device, sizes))
     if profile is not None:
         notes += of_others(profile, device)
@@ -146,6 +152,10 @@ def compile(  # noqa: A001 - the name users look for
     )
     if original is not None:
         compiled.speed = _time(original, compiled, sample.feed, time_budget_s)
+    if guarded and imported is not None:
+        _require_faster(wanted, imported, report, compiled, original, sample)
+    if compiled.speed is not None:
+        _tell_speed(compiled, compiled.speed)
     if budget is not None:
         compiled.verdicts = budget.check(_with_measured(report, compiled.speed))
         notes += [verdict.text for verdict in compiled.verdicts]
@@ -328,6 +338,10 @@ def _time(
     except EdgepassError as error:
         compiled.notes.append(f"not timed: {error.diagnostic.what}")
         return None
+    return speed
+
+
+def _tell_speed(compiled: Compiled, speed: Speed) -> None:
     compiled.ledger.remarks.append(str(speed))
     if compiled.target.runtime is Runtime.TVM:
         faster = "TVM" if speed.ratio > 1 else "ONNX Runtime"
@@ -336,4 +350,23 @@ def _time(
         compiled.notes.append(
             f"SLOWER than the original in ONNX Runtime on this machine: {1 / speed.ratio:.2f}x"
         )
-    return speed
+
+
+def _require_faster(
+    wanted: Sequence[Pass],
+    imported: Architecture,
+    report: CostReport,
+    compiled: Compiled,
+    original: ir.Model | None,
+    sample: Sample,
+) -> None:
+    """Refuse what is slower than float (see `slower`); a surer timing replaces the first."""
+
+    def again(seconds: float) -> Speed | None:
+        return None if original is None else _time(original, compiled, sample.feed, seconds)
+
+    def predicted() -> tuple[Latency, Latency]:
+        before = imported.estimate(compiled.target, ["fp32"], dims=sample.dims)
+        return before["fp32"].latency, report.latency
+
+    compiled.speed = require_faster(wanted, compiled.speed, again, predicted, compiled.target.name)

@@ -193,3 +193,10 @@ class RegressionError(EdgepassError):
 
     code = "regression"
     exit_code = 29
+
+
+class SlowerError(EdgepassError):
+    """A compression that is there for speed makes the model slower than it is in float."""
+
+    code = "slower"
+    exit_code = 30

@@ -83,6 +83,9 @@ def compile_(
     force: Annotated[
         bool, typer.Option("--force", help="Replace the folder even if it is not an artifact.")
     ] = False,
+    allow_slower: Annotated[
+        bool, typer.Option("--allow-slower", help="Keep int8 even where float is faster.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Compile a model for a target and write an artifact.
@@ -104,6 +107,7 @@ def compile_(
             check_numerics=check,
             time_budget_s=time_budget,
             budget=parse_budget(budget),
+            force=allow_slower,
             progress=progress,
         )
         path = compiled.save(output, formats=tuple(format_ or ("onnx",)), force=force)

@@ -123,6 +123,7 @@ class Pass(abc.ABC):
     `idempotent`: a second run changes nothing (tested).
     `fixpoint`: the driver repeats the group of such passes until none modifies the model.
     `needs_weights`: it can't run on an architecture without weights.
+    `faster`: it is there for speed: `compile` refuses a result that is slower than float.
     """
 
     name: ClassVar[str] = ""
@@ -131,6 +132,7 @@ class Pass(abc.ABC):
     idempotent: ClassVar[bool] = False
     fixpoint: ClassVar[bool] = False
     needs_weights: ClassVar[bool] = False
+    faster: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

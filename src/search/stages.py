@@ -142,6 +142,7 @@ class Bench:
                 calibration=self.calibration,
                 dims=self.dims,
                 time_budget_s=0,
+                force=True,
                 progress=progress,
             )
             facts = {

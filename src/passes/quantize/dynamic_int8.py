@@ -58,6 +58,7 @@ class DynamicInt8(Pass):
     stage = Stage.QUANTIZE
     lossless = False
     needs_weights = True
+    faster = True
 
     per_channel: bool = True
     exclude: tuple[str, ...] = ()

@@ -63,6 +63,7 @@ class StaticInt8(Pass):
     stage = Stage.QUANTIZE
     lossless = False
     needs_weights = True
+    faster = True
 
     scheme: str = AUTO
     per_channel: bool = True
