@@ -104,6 +104,8 @@ RECIPES: dict[str, Recipe] = {
     )
 }
 
+_PLUS = re.compile(r"\+(?![^{]*\})")
+"""A plus outside braces."""
 _PRUNE = re.compile(r"prune(\d{1,2})$")
 
 
@@ -122,7 +124,7 @@ def parse_recipe(text: str) -> list[Pass]:
             "The recipe is empty",
             fix=f"name one of {', '.join(RECIPES)}, or list passes",
         )
-    specs = parse_specs(text.replace("+", ",") if "{" not in text else text)
+    specs = parse_specs(_PLUS.sub(",", text))
     whole = "," not in _outside_braces(text)
     passes: list[Pass] = []
     if whole:
