@@ -121,7 +121,7 @@ class SumBeforeNorm(RewriteRule):
             return "the summands have not the same shape"
         if any(constant_tensor(m[name]) is not None for name in ("a", "b")):
             return "a summand is a constant"
-        return refusal(m, context, "Sum", (m["a"], m["b"]), domain="")
+        return refusal(m, context, "Sum", (m["a"], m["b"]), domain="", float_root=True)
 
     def rewrite(self, m: Match, build: Builder) -> tuple[ir.Value | None, ...]:
         norm, add = m.node("norm"), m.node("add")
