@@ -48,7 +48,8 @@ def leftovers(
     What the user excludes, by name or operator type, stays float.
     """
     for node in (n for graph in graph_tree(model.graph) for n in graph):
-        if node in taken or node.op_type in exclude or (node.name or "") in exclude:
+        name = node.name or node.outputs[0].name or ""
+        if node in taken or node.op_type in exclude or name in exclude:
             continue
         for index in _weight_inputs(node):
             tensor = constant_tensor(node.inputs[index]) if index < len(node.inputs) else None

@@ -181,7 +181,7 @@ class _Planner:
             is_onnx_op(node, *INTEGER_OPS)
             and node.op_type in self.options.ops
             and node.op_type not in self.options.exclude
-            and (node.name or "") not in self.options.exclude
+            and _name(node) not in self.options.exclude
         )
 
     def _is_seed(self, node: ir.Node) -> bool:
@@ -201,7 +201,7 @@ class _Planner:
         return not reason
 
     def _is_sensitive(self, node: ir.Node) -> bool:
-        return (node.name or node.outputs[0].name or "") in self.options.sensitive
+        return _name(node) in self.options.sensitive
 
     def _too_thin(self, node: ir.Node) -> str:
         """Why a convolution of few channels stays float, where the target says so; else ''."""
@@ -435,7 +435,7 @@ def _plan(part: _Part, scheme: QuantScheme) -> QuantPlan:
     return QuantPlan(
         label=f"int8 {scheme}",
         entries=entries,
-        nodes=tuple(node.name or node.outputs[0].name or "" for node in part.nodes),
+        nodes=tuple(_name(node) for node in part.nodes),
         copies={name: count for name, count in stored.items() if count > 1}
         | dict.fromkeys(_orphans(part.activations), 0),
         kept=frozenset(
@@ -456,6 +456,11 @@ def _by_name(
 
 
 # --- questions about one node ------------------------------------------------------------------
+
+
+def _name(node: ir.Node) -> str:
+    """A node's name, or that of its first result where it has none."""
+    return node.name or node.outputs[0].name or ""
 
 
 def _why_not(node: ir.Node, attention: bool) -> str:
