@@ -98,6 +98,12 @@ def spread_over(samples: Sequence[Feed], count: int) -> list[Feed]:
     return [samples[i] for i in range(0, len(samples), step)][:count]
 
 
+def harm(switched: Switched, samples: Sequence[Feed]) -> float:
+    """The divergence of the outputs with all layers in 8 bits."""
+    every = switched.every()
+    return divergence_on(switched, spread_over(samples, MAX_SAMPLES))(every, every)
+
+
 def protect(
     switched: Switched,
     samples: Sequence[Feed],
@@ -138,9 +144,9 @@ def protect(
     count, after = next((c, e) for c, e in tried if e <= max(QUIET, 2 * best))
     if after * WORTH > before:
         note = (
-            f"all layers in 8 bits: {_db(before)} at the outputs on calibration data; no few "
+            f"all layers in 8 bits: {decibels(before)} at the outputs on calibration data; no few "
             "layers are to blame (the worst: "
-            f"{effects[ranked[0]].unit.described}, {_db(effects[ranked[0]].alone)} alone)"
+            f"{effects[ranked[0]].unit.described}, {decibels(effects[ranked[0]].alone)} alone)"
         )
         return Protected(before=before, after=before, notes=(note,))
     chosen = ranked[:count]
@@ -148,9 +154,9 @@ def protect(
         effects[i].unit.name for i in chosen if _weights_are_harmless(switched, measure, i, after)
     )
     notes = [
-        f"{count} of {units} layers kept float: {_db(before)} at the outputs with them in 8 bits, "
-        f"{_db(after)} without",
-        *(f"  {effects[i].unit.described}: {_db(effects[i].alone)} alone" for i in chosen),
+        f"{count} of {units} layers kept float: {decibels(before)} at the outputs with them in 8 "
+        f"bits, {decibels(after)} without",
+        *(f"  {effects[i].unit.described}: {decibels(effects[i].alone)} alone" for i in chosen),
     ]
     names = tuple(effects[i].unit.name for i in sorted(chosen))
     return Protected(names, storable, before, after, tuple(notes))
@@ -171,7 +177,8 @@ def _heads(most: int) -> list[int]:
     return [*found, most]
 
 
-def _db(error: float) -> str:
+def decibels(error: float) -> str:
+    """A divergence as a ratio of signal to error."""
     if error <= 0:
         return "no error"
     return "not finite" if math.isinf(error) else f"{-10 * math.log10(error):.1f} dB"

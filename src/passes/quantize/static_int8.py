@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import onnx_ir as ir
 
@@ -24,17 +24,31 @@ from .corrections import Corrections, Rounding, add_missing_biases, correct
 from .groups import widen_groups
 from .known_types import require_types
 from .notes import refusal_notes
-from .numbers import Range
 from .observers import check_observer
 from .plan import DEFAULT_OPS, Int8Layout, PlanOptions, lay_out
 from .qdq import Ready, write_qdq
 from .recurrent import Recurrent
 from .scheme import AUTO, check_scheme_name, for_opset, resolve_scheme
-from .sensitivity import Protected, protect
+from .sensitivity import QUIET, WORTH, decibels, harm, protect
+from .smooth_quant import SmoothQuant
 from .switched import Switched
 
 _TOO_LARGE = 1 << 29
 """Bytes of weights above which layers are not tried one by one: it takes them twice."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _State:
+    """A model on its way: `sensitive` layers stay float, `float_weights` of them unstored too."""
+
+    model: ir.Model
+    layout: Int8Layout
+    ranges: Ranges | None
+    notes: tuple[str, ...] = ()
+    calibrated: tuple[str, ...] = ()
+    unseen: frozenset[ir.Graph] = frozenset()
+    sensitive: tuple[str, ...] = ()
+    float_weights: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +66,8 @@ class StaticInt8(Pass):
     bias. `rounding`: "nearest", or "adaround": up or down as serves each layer's result (minutes
     for large models). `reconstruct`: solves each layer's weights again, by least squares, for the
     inputs that the quantized layers before it make.
-    `protect`: layers whose quantization does most of the harm on the calibration data stay float.
+    `protect`: where 8 bits do harm on the calibration data, outliers of activations are smoothed
+    (`smooth_quant`) if that helps, and the layers that do most of the harm stay float.
     `recurrent`: LSTMs in integers, quantized while they run, where that is faster ("auto"),
     "always" or "never". `leftovers`: "stored", weights of what can't run in integers (GRU,
     ConvTranspose, branches that calibration never ran) are 8 bits in the file and unpacked when the
@@ -127,56 +142,94 @@ class StaticInt8(Pass):
             UsageError: no calibration data; a target without integers; opset below 10.
             CalibrationError: see `calibrate.observe`.
         """
+        state = self._calibrate(model, context)
+        guarded: tuple[str, ...] = ()
+        if state.ranges is not None and self.protect and _weight_bytes(model) <= _TOO_LARGE:
+            state, guarded = self._guard(state, context)
+        model, layout, ranges = state.model, state.layout, state.ranges
+        given = self._beside(state.float_weights)
+        beside = Beside(model, context, given, layout.nodes)
+        notes = (*state.notes, *_notes(layout, beside))
+        if layout.nodes:
+            corrected, more = self._correct(state, context)
+            write_qdq(model, layout, ranges, corrected)
+            notes += (*guarded, *more)
+        notes += beside.write(context.target)
+        return PassResult(model, bool(layout.nodes or beside), (*notes, *state.calibrated))
+
+    def switched(self, model: ir.Model, context: Context) -> tuple[Switched | None, QuantPlan]:
+        """A session with a switch for each layer, and the plan; None where no layer is in integers.
+
+        As `run` without `protect` and corrections. The model changes as far as it does before pairs
+        are written.
+
+        Raises:
+            EdgepassError: see `run`.
+        """
+        state = self._calibrate(model, context)
+        found = None if state.ranges is None else self._switched(state, context)
+        return found, state.layout.plan
+
+    def _calibrate(self, model: ir.Model, context: Context) -> _State:
+        """The model made ready for its pairs, its layout, and ranges where it has one."""
         self._prepare(model, context)
         layout, notes = self._layout(model, context.target)
-        calibrated: tuple[str, ...] = ()
-        unseen: frozenset[ir.Graph] = frozenset()
-        ranges = None
-        if layout.nodes:
-            ranges = observe(
-                model,
-                layout.sources,
-                context.calibration,
-                context.progress,
-                self._observer(layout),
-            )
-            calibrated = (
-                f"calibrated on {ranges.samples} samples, {self.observer}",
-                *ranges.notes,
-            )
-            unseen = frozenset(
-                item.graph for item in layout.activations if item.source in ranges.unseen
-            )
-            if unseen:  # no range tells of what calibration never computed
-                layout, _ = self._layout(model, context.target, unseen)
-        found = self._protected(model, ranges, unseen, context)
-        if found.names:
-            layout, _ = self._layout(model, context.target, unseen, found.names)
-            ranges = self._complete(model, layout, ranges, context)
-        given = self._beside(tuple(n for n in found.names if n not in found.storable))
-        beside = Beside(model, context, given, layout.nodes)
-        notes = (*notes, *_notes(layout, beside))
-        if layout.nodes:
-            corrected, more = self._correct(model, layout, ranges, unseen, context, found.names)
-            write_qdq(model, layout, ranges, corrected)
-            notes += (*found.notes, *more)
-        notes += beside.write(context.target)
-        return PassResult(model, bool(layout.nodes or beside), (*notes, *calibrated))
+        if not layout.nodes:
+            return _State(model, layout, None, notes)
+        observer = self._observer(layout)
+        ranges = observe(model, layout.sources, context.calibration, context.progress, observer)
+        calibrated = (f"calibrated on {ranges.samples} samples, {self.observer}", *ranges.notes)
+        unseen = frozenset(i.graph for i in layout.activations if i.source in ranges.unseen)
+        if unseen:  # no range tells of what calibration never computed
+            layout, _ = self._layout(model, context.target, unseen)
+        return _State(model, layout, ranges, notes, calibrated, unseen)
 
-    def _protected(
-        self,
-        model: ir.Model,
-        ranges: Ranges | None,
-        unseen: frozenset[ir.Graph],
-        context: Context,
-    ) -> Protected:
-        """The layers that had better stay float, found with the ranges of all."""
-        size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
-        if not self.protect or ranges is None or size > _TOO_LARGE:
-            return Protected()
-        plan = self._planner(model, unseen, context)
-        with Switched(model, plan, ranges) as switched:
-            return protect(switched, context.calibration or (), context.progress)
+    def _guard(self, state: _State, context: Context) -> tuple[_State, tuple[str, ...]]:
+        """What makes the result near to float's where 8 bits as they come are not (`protect`)."""
+        if not state.layout.nodes:
+            return state, ()
+        with self._switched(state, context) as switched:
+            before = harm(switched, context.calibration or ())
+            if before <= QUIET:
+                return state, ()
+            smooth = self._smoothed(state, before, context)
+            if smooth is None:
+                found = protect(switched, context.calibration or (), context.progress)
+        notes: tuple[str, ...] = ()
+        if smooth is not None:
+            state, notes = smooth
+            with self._switched(state, context) as switched:
+                found = protect(switched, context.calibration or (), context.progress)
+        if found.names:
+            layout, _ = self._layout(state.model, context.target, state.unseen, found.names)
+            ranges = self._complete(state.model, layout, state.ranges, context)
+            left = tuple(n for n in found.names if n not in found.storable)
+            state = dataclasses.replace(
+                state, layout=layout, ranges=ranges, sensitive=found.names, float_weights=left
+            )
+        return state, (*notes, *found.notes)
+
+    def _smoothed(
+        self, state: _State, before: float, context: Context
+    ) -> tuple[_State, tuple[str, ...]] | None:
+        """The model with its activations smoothed, calibrated, where that helps much."""
+        trial = state.model.clone()
+        done = SmoothQuant(insert=True).run(trial, context)
+        if not done.modified:
+            return None
+        smooth = self._calibrate(trial, context)
+        if smooth.ranges is None:
+            return None
+        with self._switched(smooth, context) as switched:
+            after = harm(switched, context.calibration or ())
+        if after * WORTH > before:
+            return None
+        return smooth, (f"{done.notes[0]}: {decibels(before)} without, {decibels(after)} with",)
+
+    def _switched(self, state: _State, context: Context) -> Switched:
+        assert state.ranges is not None
+        plan = self._planner(state.model, state.unseen, context)
+        return Switched(state.model, plan, state.ranges)
 
     def _complete(
         self, model: ir.Model, layout: Int8Layout, ranges: Ranges | None, context: Context
@@ -226,26 +279,20 @@ class StaticInt8(Pass):
         if self.bias_correction:
             add_missing_biases(model)
 
-    def _correct(
-        self,
-        model: ir.Model,
-        layout: Int8Layout,
-        ranges: Mapping[str, Range] | None,
-        unseen: frozenset[ir.Graph],
-        context: Context,
-        kept: tuple[str, ...],
-    ) -> tuple[dict[str, Ready], tuple[str, ...]]:
+    def _correct(self, state: _State, context: Context) -> tuple[dict[str, Ready], tuple[str, ...]]:
         """Integers that corrections make of weights, by name; biases change in place."""
         chosen = Corrections(
             bias=self.bias_correction,
             rounding=Rounding(self.rounding),
             reconstruct=self.reconstruct,
         )
-        if not chosen or ranges is None:
+        if not chosen or state.ranges is None:
             return {}, ()
-        plan = self._planner(model, unseen, context, kept)
+        plan = self._planner(state.model, state.unseen, context, state.sensitive)
         samples = context.calibration or ()
-        return correct(model, layout, ranges, samples, chosen, plan, context.progress)
+        return correct(
+            state.model, state.layout, state.ranges, samples, chosen, plan, context.progress
+        )
 
     def _widen_groups(self, model: ir.Model, target: Target | None) -> None:
         """Join groups of the convolutions to be, as the target's integer kernels want them."""
@@ -291,3 +338,7 @@ def _notes(layout: Int8Layout, beside: Beside) -> tuple[str, ...]:
     counts = Counter(node.op_type for node in layout.nodes)
     text = ", ".join(f"{count} {op}" for op, count in sorted(counts.items()))
     return (f"{plan.label}: {len(layout.nodes)} nodes in integers ({text})", *refusal_notes(plan))
+
+
+def _weight_bytes(model: ir.Model) -> int:
+    return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
