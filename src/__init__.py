@@ -52,7 +52,10 @@ if TYPE_CHECKING:
     from .passes.rules import RewriteRule as RewriteRule
     from .passes.rules import RuleGroup as RuleGroup
     from .passes.rules import explain as explain
+    from .search.mixed import Mixed as Mixed
     from .search.result import SweepResult as SweepResult
+    from .search.sensitivity import Sensitivity as Sensitivity
+    from .search.sensitivity import sensitivity as sensitivity
     from .search.sweep import sweep as sweep
     from .targets.registry import get_target as get_target
     from .targets.registry import register_target as register_target
@@ -95,6 +98,9 @@ _HOMES = {
     "RewriteRule": ("passes.rules", "RewriteRule"),
     "RuleGroup": ("passes.rules", "RuleGroup"),
     "explain": ("passes.rules", "explain"),
+    "Mixed": ("search.mixed", "Mixed"),
+    "Sensitivity": ("search.sensitivity", "Sensitivity"),
+    "sensitivity": ("search.sensitivity", "sensitivity"),
     "SweepResult": ("search.result", "SweepResult"),
     "sweep": ("search.sweep", "sweep"),
     "get_target": ("targets.registry", "get_target"),

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from . import build, estimating, evaluating, inspecting, look, optimizing, sweeping
+from . import build, estimating, evaluating, inspecting, look, optimizing, sweeping, trying
 
 app = typer.Typer(
     name="edgepass",
@@ -49,6 +49,7 @@ for command in (
     inspecting.inspect,
     evaluating.evaluate,
     sweeping.sweep,
+    trying.sensitivity,
     look.targets,
     look.passes,
     look.show,
