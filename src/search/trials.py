@@ -18,7 +18,7 @@ from ..evaluation.evaluation import Evaluation
 from ..evaluation.limits import FIGURES, WORST
 from ..evaluation.report import NO_LIMITS, Report, Rung
 from ..passes.base import Feed
-from ..passes.quantize.switched import Switched, divergence
+from ..passes.quantize.switched import Switched, divergence_over
 from ..targets.feed import TensorSpec
 
 Mask = np.ndarray
@@ -136,11 +136,12 @@ class Trials:
         if not self._references:
             none = self.switched.none()
             self._references = [self.switched.run(sample, none) for sample in self._samples]
-        parts = []
-        for reference, sample in zip(self._references, self._samples, strict=True):
-            found = runner.run(sample)
-            parts.append(divergence(reference, [found[name] for name in self._names]))
-        return float(np.mean(parts))
+        pairs = zip(self._references, self._samples, strict=True)
+        return divergence_over((reference, self._outputs(runner, s)) for reference, s in pairs)
+
+    def _outputs(self, runner: Any, sample: Any) -> list[np.ndarray]:
+        found = runner.run(sample)
+        return [found[name] for name in self._names]
 
 
 def loss(outcome: Outcome, higher: Mapping[str, bool]) -> tuple[float, float]:

@@ -14,15 +14,20 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ..base import Feed
-from .switched import Switched, Unit, divergence
+from .switched import Switched, Unit, divergence_over
 
 Progress = Callable[[int, int, str], None]
 Measure = Callable[[np.ndarray, np.ndarray], float]
 """What the masks of values and of weights cost, larger is worse."""
 
+FINE = 0.001
+"""Error power over signal power (30 dB) below which other ranges are not tried."""
 QUIET = 0.01
 """Error power over signal power (20 dB) below which no layer is looked at."""
 MAX_SAMPLES = 8
+MORE_SAMPLES = 32
+"""As many where the outputs of `MAX_SAMPLES` are fewer than `ENOUGH` numbers."""
+ENOUGH = 64
 RUINED = 0.06
 """Error power over signal power (12 dB) above which results are of no use."""
 MAX_KEPT = 0.25
@@ -58,15 +63,14 @@ class Protected:
 
 
 def divergence_on(switched: Switched, samples: Sequence[Feed]) -> Measure:
-    """The mean divergence of the outputs from the float model's over samples."""
+    """The divergence of the outputs from the float model's over samples."""
     references = [switched.run(sample, switched.none()) for sample in samples]
 
     def measure(on: np.ndarray, weights: np.ndarray) -> float:
-        parts = [
-            divergence(reference, switched.run(sample, on, weights))
+        return divergence_over(
+            (reference, switched.run(sample, on, weights))
             for reference, sample in zip(references, samples, strict=True)
-        ]
-        return float(np.mean(parts))
+        )
 
     return measure
 
@@ -101,7 +105,17 @@ def spread_over(samples: Sequence[Feed], count: int) -> list[Feed]:
 def harm(switched: Switched, samples: Sequence[Feed]) -> float:
     """The divergence of the outputs with all layers in 8 bits."""
     every = switched.every()
-    return divergence_on(switched, spread_over(samples, MAX_SAMPLES))(every, every)
+    return divergence_on(switched, telling(switched, samples))(every, every)
+
+
+def telling(switched: Switched, samples: Sequence[Feed]) -> list[Feed]:
+    """Some samples, evenly spread: more of them where a result is only a number or two."""
+    few = spread_over(samples, MAX_SAMPLES)
+    if not few or len(few) == len(samples):
+        return few
+    size = min(output.size for output in switched.run(few[0], switched.none()))
+    wanted = math.ceil(ENOUGH / max(1, size))
+    return spread_over(samples, min(MORE_SAMPLES, max(MAX_SAMPLES, wanted)))
 
 
 def protect(
@@ -118,7 +132,7 @@ def protect(
     head that does not halve the error is no remedy, and nothing is kept.
     """
     units = len(switched.units)
-    few = spread_over(samples, MAX_SAMPLES)
+    few = telling(switched, samples)
     measure = divergence_on(switched, few)
     every = switched.every()
     before = measure(every, every)

@@ -1,14 +1,14 @@
 """A float model in which the quantization of each layer can be turned on and off, run by run.
 
 Here: `Switched`, one session for every subset of the layers that an int8 layout holds, so that
-asking for the effect of one layer costs a run and no new session; `divergence`. Not here: which
-subsets to try (`sensitivity`), the layout (`plan`), the real thing (`qdq`).
+asking for the effect of one layer costs a run and no new session; `divergence_over`. Not here:
+which subsets to try (`sensitivity`), the layout (`plan`), the real thing (`qdq`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -88,30 +88,58 @@ class Switched:
         self._runner.close()
 
 
-def divergence(reference: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> float:
+def divergence_over(samples: Iterable[tuple[Sequence[np.ndarray], Sequence[np.ndarray]]]) -> float:
     """Error power over signal power, the mean over outputs; 0 equal, 0.01 is 20 dB.
 
-    The signal of an output is its deviation from its mean, or, for a constant one, its square.
-    Integers and text count the share of elements that differ. Infinite where a result is not
-    finite and the reference is.
+    `samples` are pairs of the float model's outputs and those held against them. The signal of an
+    output is its deviation from its mean over all samples (of one that is a single probability, no
+    sample has any by itself), or, for a constant one, its square. Integers and text count the share
+    of elements that differ. Infinite where a result is not finite and the reference is.
     """
-    parts = []
-    for expected, actual in zip(reference, found, strict=True):
-        if expected.size == 0:
-            continue
+    outputs: dict[int, _Power] = {}
+    for reference, found in samples:
+        for i, (expected, actual) in enumerate(zip(reference, found, strict=True)):
+            if expected.size:
+                outputs.setdefault(i, _Power()).add(expected, actual)
+    parts = [power.ratio() for power in outputs.values() if power.count]
+    return float(np.mean(parts)) if parts else 0.0
+
+
+@dataclasses.dataclass
+class _Power:
+    """Sums over the samples of one output. `shift` is near its mean, against cancellation."""
+
+    count: int = 0
+    error: float = 0.0
+    exact: bool = False
+    shift: float = 0.0
+    sums: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(3))
+    """Of deviations from `shift`, of their squares, and of the squares of values."""
+
+    def add(self, expected: np.ndarray, actual: np.ndarray) -> None:
         if expected.dtype.kind != "f":
-            parts.append(float(np.mean(expected != actual)))
-            continue
+            self.exact = True
+            self.count += expected.size
+            self.error += float(np.sum(expected != actual))
+            return
         a, b = expected.astype(np.float64), actual.astype(np.float64)
         finite = np.isfinite(a)
         a, b = a[finite], b[finite]
         if a.size == 0:
-            continue
-        if not np.isfinite(b).all():
-            return float("inf")
-        signal = float(np.sum((a - a.mean()) ** 2)) or float(np.sum(a * a)) or 1.0
-        parts.append(float(np.sum((a - b) ** 2)) / signal)
-    return float(np.mean(parts)) if parts else 0.0
+            return
+        if self.count == 0:
+            self.shift = float(a.mean())
+        self.count += a.size
+        self.error += float(np.sum((a - b) ** 2)) if np.isfinite(b).all() else np.inf
+        away = a - self.shift
+        self.sums += (away.sum(), np.sum(away * away), np.sum(a * a))
+
+    def ratio(self) -> float:
+        if self.exact:
+            return self.error / self.count
+        total, squares, power = self.sums.tolist()
+        signal = max(0.0, squares - total * total / self.count)
+        return self.error / (signal or power or 1.0)
 
 
 class _Writer:
