@@ -7,8 +7,13 @@ not at all. Not here: the trained models themselves, and how near int8 comes to 
 from __future__ import annotations
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 import pytest
 
+import edgepass
+from edgepass.errors import ShapeError
+from edgepass.ir.shapes import infer_shapes
 from edgepass.passes.quantize.switched import divergence_over
 
 
@@ -28,3 +33,25 @@ def test_divergence_is_the_mean_over_outputs_and_counts_integers_and_what_is_not
     far = 1e6 + np.array([-1.0, 1.0])
     assert divergence_over([([far], [far + 0.1]), ([far], [far])]) == pytest.approx(0.02 / 4)
     assert divergence_over([([np.zeros(0)], [np.zeros(0)])]) == 0.0
+
+
+# --- what exporters leave behind ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("declared", ["1,seqlen", "N,4,7"])
+def test_a_declared_output_shape_that_can_t_be_gives_way_as_in_onnx_runtime(declared: str):
+    model = onnx.parser.parse_model(f"""<ir_version: 8, opset_import: ["" : 17]>
+        g (float[N,4] x) => (float[{declared}] y)
+        <int64[1] axes = {{1}}, float[1,4,3] w = {{{", ".join(["0.5"] * 12)}}}>
+        {{ h = Relu(x)  i = Unsqueeze(h, axes)  y = MatMul(i, w) }}""")
+    compiled = edgepass.compile(model, recipe="int8", calibration=_feeds(4, [2, 4]), force=True)
+    result = compiled.run({"x": np.ones((2, 4), np.float32)})["y"]
+    np.testing.assert_allclose(result, np.full((2, 1, 3), 2.0), atol=0.1)
+    assert "declares a shape that can't be: 'y' is declared" in str(compiled.ledger)
+    with pytest.raises(ShapeError, match="declared"):
+        infer_shapes(ir.from_proto(model))
+
+
+def _feeds(count: int, shape: list[int]) -> list[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(0)
+    return [{"x": rng.uniform(-1, 1, shape).astype(np.float32)} for _ in range(count)]

@@ -73,13 +73,14 @@ class ShapeReport:
     """What an inference found. `diagnostics` is empty unless it ran with `strict=False`.
 
     `outputs` counts node outputs visited, `ranked` those whose rank is known, `static` those
-    with every dimension an int.
+    with every dimension an int. `mended` are declared shapes that gave way, one sentence each.
     """
 
     diagnostics: tuple[Diagnostic, ...]
     outputs: int
     ranked: int
     static: int
+    mended: tuple[str, ...]
     _data: Mapping[ir.Value, Data] = dataclasses.field(repr=False)
 
     def shape_values(self, value: ir.Value) -> tuple[Dim, ...] | None:
@@ -100,19 +101,23 @@ class ShapeReport:
         return bool(data[0]) if isinstance(data[0], int) else None
 
 
-def infer_shapes(model: ir.Model, *, strict: bool = True, refresh: bool = False) -> ShapeReport:
+def infer_shapes(
+    model: ir.Model, *, strict: bool = True, refresh: bool = False, mend: bool = False
+) -> ShapeReport:
     """Set `shape` and `type` of every value of the model, subgraphs and functions included.
 
     Declared shapes are merged with inferred ones: static beats symbolic, symbolic beats unknown,
     and names that graph inputs and outputs declare are kept. With `refresh` what inner values
-    declare is replaced instead, for use after an edit that changes shapes.
+    declare is replaced instead, for use after an edit that changes shapes. With `mend` a declared
+    shape that can't be that of the result gives way to what is computed, as it does in ONNX Runtime
+    (exporters leave such behind); the report's `mended` says where.
 
     Raises:
         ShapeError: at the first node whose inputs contradict its operator, or whose declared
             output contradicts what it computes. With `strict=False` these become diagnostics of the
             report, and inference goes on with what is declared.
     """
-    engine = ShapeInference(model, strict=strict, refresh=refresh)
+    engine = ShapeInference(model, strict=strict, refresh=refresh, mend=mend)
     engine.run()
     return engine.report()
 
@@ -140,10 +145,18 @@ class ShapeInference:
     Implements `shape_rules.Engine`, which is what rules see of it.
     """
 
-    def __init__(self, model: ir.Model, *, strict: bool = True, refresh: bool = False) -> None:
+    def __init__(
+        self,
+        model: ir.Model,
+        *,
+        strict: bool = True,
+        refresh: bool = False,
+        mend: bool = False,
+    ) -> None:
         self.model = model
         self.strict = strict
         self.refresh = refresh
+        self.mended: dict[str, str] | None = {} if mend else None
         self.opsets: dict[str, int] = dict(model.opset_imports)
         self.diagnostics: list[Diagnostic] = []
         self._facts: dict[ir.Value, Fact] = {}
@@ -234,7 +247,8 @@ class ShapeInference:
                 ranked += 1
                 static += all(type(d) is int for d in value.shape.dims)
         data = {v: f.data for v, f in self._facts.items() if f.data is not None}
-        return ShapeReport(tuple(self.diagnostics), outputs, ranked, static, data)
+        mended = tuple((self.mended or {}).values())
+        return ShapeReport(tuple(self.diagnostics), outputs, ranked, static, mended, data)
 
     # --- what rules ask ---
 
@@ -444,7 +458,13 @@ class ShapeInference:
         if dims is None or (stale and result.dims is not None):
             merged = result.dims
         else:
-            merged = self._merge(value, dims, result.dims)
+            try:
+                merged = self._merge(value, dims, result.dims)
+            except Contradiction as found:
+                if self.mended is None:
+                    raise
+                self.mended[value.name or ""] = found.why
+                dims, merged = None, result.dims
         if result.dims is None and merged is not None:
             merged = self._name_unknown(value, merged)
         self._facts[value] = Fact(result.dtype, merged, result.data, result.kind, result.items)

@@ -74,12 +74,11 @@ def run_passes(
     context = context or Context()
     verify(model)
     reference, unchecked = _reference(model, probe)
-    if not shaped:
-        infer_shapes(model)
+    mended = () if shaped else infer_shapes(model, mend=True).mended
     state = _Progress(
         model,
         context,
-        Ledger(),
+        Ledger(remarks=[f"the model declares a shape that can't be: {text}" for text in mended]),
         measure(model, context.dims, infer=not quick),
         reference,
         unchecked,

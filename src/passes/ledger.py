@@ -95,7 +95,7 @@ class LedgerRow:
 class Ledger:
     """The rows of one compilation, in the order in which passes ran, and a total error.
 
-    `remarks` are lines below the table, such as which lowering is faster on this machine. They
+    `remarks` are lines below the table, such as which lowering is faster on this machine. They may
     hold timings, so they are no part of `as_dict`, which repeats byte for byte.
     """
 
