@@ -500,18 +500,24 @@ def _is_row(bias: tuple[int, ...] | None, weight: tuple[int, ...] | None, node: 
 
 def _saturates(node: ir.Node) -> bool:
     """Whether a node is a Relu, or a Clip between constants that enclose zero."""
+    bounds = saturation(node)
+    return bounds is not None and bounds[0] <= 0.0 <= bounds[1]
+
+
+def saturation(node: ir.Node) -> tuple[float, float] | None:
+    """The least and greatest result of a Relu, or of a Clip between constants."""
     if is_onnx_op(node, "Relu"):
-        return True
+        return 0.0, math.inf
     if not is_onnx_op(node, "Clip"):
-        return False
+        return None
     bounds: list[float] = []
     for index, name, default in ((1, "min", -math.inf), (2, "max", math.inf)):
         value = node.inputs[index] if index < len(node.inputs) else None
         found = attribute(node, name, default) if value is None else constant_scalar(value)
         if found is None:
-            return False
+            return None
         bounds.append(float(found))
-    return bounds[0] <= 0.0 <= bounds[1]
+    return bounds[0], bounds[1]
 
 
 def _is_convex_resize(node: ir.Node) -> bool:

@@ -35,7 +35,7 @@ from .numbers import (
     raise_for_bias,
     weight_affine,
 )
-from .plan import Activation, Int8Layout, Weighted, is_gate_result
+from .plan import Activation, Int8Layout, Weighted, is_gate_result, saturation
 
 Stored = tuple[ir.Value, ir.Value, ir.Value | None]
 """The values of a constant's integers, scales and zero points."""
@@ -69,15 +69,30 @@ def write_qdq(
 def input_affines(layout: Int8Layout, ranges: Mapping[str, Range]) -> dict[ir.Value, Affine]:
     """Scale and zero point of each activation that gets a pair."""
     scheme = layout.scheme
+    absorbed = {a.value: a.absorbed for a in layout.activations}
     by_source = {
         source: activation_affine(
-            Range(0.0, 1.0) if is_gate_result(source) else ranges[source.name or ""],
+            _range_of(source, absorbed.get(source), ranges),
             scheme.activation,
             scheme.symmetric_activation,
         )
         for source in dict.fromkeys(a.source for a in layout.activations)
     }
     return {a.value: by_source[a.source] for a in layout.activations}
+
+
+def _range_of(source: ir.Value, absorbed: ir.Node | None, ranges: Mapping[str, Range]) -> Range:
+    """What the integers of a value hold: no more than the activation gives that they stand for.
+
+    (The range may be that of another value as well, of the same name in a branch beside.)
+    """
+    if is_gate_result(source):
+        return Range(0.0, 1.0)
+    seen = ranges[source.name or ""]
+    bounds = None if absorbed is None else saturation(absorbed)
+    if bounds is None:
+        return seen
+    return Range(max(seen.low, bounds[0]), min(seen.high, bounds[1]))
 
 
 class _Writer:
