@@ -69,13 +69,17 @@ class ObserverOptions:
         return Counted(self)
 
 
+AUTO = "auto"
+"""Not an observer: `minmax`, or `mse` where that brings the outputs nearer to float's."""
+
+
 def check_observer(observer: str, percentile: float, pass_name: str = "int8") -> None:
     """Raise PassOptionError unless both are what they may be."""
-    if observer not in tuple(Observer):
+    if observer not in (AUTO, *Observer):
         raise PassOptionError(
             f"There is no observer {observer!r}",
             where=f"pass {pass_name!r}, option 'observer'",
-            fix=f"one of {', '.join(Observer)}",
+            fix=f"one of {AUTO}, {', '.join(Observer)}",
         )
     if not 50.0 <= percentile <= 100.0:
         raise PassOptionError(

@@ -25,6 +25,8 @@ FINE = 0.001
 QUIET = 0.01
 """Error power over signal power (20 dB) below which no layer is looked at."""
 MAX_SAMPLES = 8
+FEW = 4
+"""Layers that may be kept float in any model, however few it has."""
 MORE_SAMPLES = 32
 """As many where the outputs of `MAX_SAMPLES` are fewer than `ENOUGH` numbers."""
 ENOUGH = 64
@@ -32,7 +34,9 @@ RUINED = 0.06
 """Error power over signal power (12 dB) above which results are of no use."""
 MAX_KEPT = 0.25
 """The largest share of the layers that may be kept float, unless results are of no use."""
-MAX_RUNS = 3000
+TRYING_MACS = 2e11
+"""Multiply-accumulates for trying layers one by one (about half a minute on one core): as many
+samples as they are enough for, one at the least, and none where one takes ten times as many."""
 WORTH = 2.0
 """Keeping layers float must reduce the error at least so many times."""
 
@@ -121,6 +125,7 @@ def telling(switched: Switched, samples: Sequence[Feed]) -> list[Feed]:
 def protect(
     switched: Switched,
     samples: Sequence[Feed],
+    macs: int = 0,
     progress: Progress = lambda done, total, what: None,
 ) -> Protected:
     """The fewest layers to keep float so that the outputs stay near the float model's.
@@ -129,7 +134,8 @@ def protect(
     each does alone, and the shortest head of the ranking is taken that brings the divergence below
     `QUIET`, or, where none does, comes within twice of the best that any reaches. A head is at most
     a quarter of the layers; where the result would be `RUINED` even so, it may be all of them. A
-    head that does not halve the error is no remedy, and nothing is kept.
+    head that does not halve the error is no remedy, and nothing is kept. `macs` are those of one
+    inference, where they are known.
     """
     units = len(switched.units)
     few = telling(switched, samples)
@@ -138,13 +144,17 @@ def protect(
     before = measure(every, every)
     if before <= QUIET or units < 2:
         return Protected(before=before, after=before)
-    if units * len(few) > MAX_RUNS:
-        few = spread_over(few, max(1, MAX_RUNS // units))
+    enough = TRYING_MACS / max(1, units * macs)
+    if enough < 0.1:
+        note = f"{decibels(before)} at the outputs in 8 bits; too large to try {units} layers"
+        return Protected(before=before, after=before, notes=(note,))
+    if enough < len(few):
+        few = spread_over(few, max(1, int(enough)))
         measure = divergence_on(switched, few)
         before = measure(every, every)
     effects = layer_effects(switched, measure, progress=progress)
     ranked = sorted(range(units), key=lambda i: -effects[i].alone)
-    most = max(1, int(units * MAX_KEPT))
+    most = min(units, max(FEW, int(units * MAX_KEPT)))
     tried: list[tuple[int, float]] = []
     for count in _heads(units):
         if count > most and min(error for _, error in tried) <= RUINED:
@@ -164,9 +174,7 @@ def protect(
         )
         return Protected(before=before, after=before, notes=(note,))
     chosen = ranked[:count]
-    storable = frozenset(
-        effects[i].unit.name for i in chosen if _weights_are_harmless(switched, measure, i, after)
-    )
+    storable = _storable(switched, measure, chosen, after)
     notes = [
         f"{count} of {units} layers kept float: {decibels(before)} at the outputs with them in 8 "
         f"bits, {decibels(after)} without",
@@ -176,10 +184,23 @@ def protect(
     return Protected(names, storable, before, after, tuple(notes))
 
 
-def _weights_are_harmless(switched: Switched, measure: Measure, i: int, after: float) -> bool:
-    mask = switched.none()
-    mask[i] = True
-    return measure(switched.none(), mask) <= 0.1 * after
+def _storable(
+    switched: Switched, measure: Measure, chosen: Sequence[int], after: float
+) -> frozenset[str]:
+    """Of the layers kept float, those whose weights in 8 bits add little: all of them together at
+    most half of what is left, or of what nobody looks at (errors of layers add up)."""
+    harms = []
+    for i in chosen:
+        mask = switched.none()
+        mask[i] = True
+        harms.append((measure(switched.none(), mask), i))
+    found, total = [], 0.0
+    for error, i in sorted(harms):
+        total += error
+        if total > 0.5 * max(after, QUIET):
+            break
+        found.append(switched.units[i].name)
+    return frozenset(found)
 
 
 def _heads(most: int) -> list[int]:

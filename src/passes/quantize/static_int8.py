@@ -17,6 +17,7 @@ from ...ir.graph import graph_tree
 from ...ir.quant import INTEGER_OPS, QuantPlan
 from ...targets.target import QuantScheme, Runtime, Target
 from ..base import Context, Pass, PassResult, Stage
+from ..ledger import measure
 from .beside import Beside, BesideOptions, LeftOver, options
 from .biases import merge_biases
 from .calibrate import Observer, ObserverOptions, Ranges, observe
@@ -24,12 +25,13 @@ from .corrections import Corrections, Rounding, add_missing_biases, correct
 from .groups import widen_groups
 from .known_types import require_types
 from .notes import refusal_notes
+from .observers import AUTO as AUTO_RANGE
 from .observers import check_observer
 from .plan import DEFAULT_OPS, Int8Layout, PlanOptions, lay_out
 from .qdq import Ready, write_qdq
 from .recurrent import Recurrent
 from .scheme import AUTO, check_scheme_name, for_opset, resolve_scheme
-from .sensitivity import QUIET, WORTH, decibels, harm, protect
+from .sensitivity import FINE, QUIET, WORTH, decibels, harm, protect
 from .smooth_quant import SmoothQuant
 from .switched import Switched
 
@@ -49,6 +51,7 @@ class _State:
     unseen: frozenset[ir.Graph] = frozenset()
     sensitive: tuple[str, ...] = ()
     float_weights: tuple[str, ...] = ()
+    observer: str = Observer.MINMAX.value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +60,8 @@ class StaticInt8(Pass):
 
     `scheme`: dtypes of activations and weights, "u8s8" or "s8s8"; "auto" is what the target
     prefers. `per_channel`: a scale for each output channel of a weight. `observer`: how ranges are
-    made of calibration values: "minmax", "average" (mean of samples' ranges), "percentile" (of the
+    made of calibration values: "auto" ("mse" where that brings the outputs nearer to float's than
+    "minmax"), "minmax", "average" (mean of samples' ranges), "percentile" (of the
     values that are not zero, `percentile` % are inside), "entropy" or "mse". `exclude`: names of
     nodes or operator types to keep float. `ops`: operators that may run in integers. `attention`:
     also MatMuls of two activations (measured on MiniLM: no faster). Embedding tables are stored in
@@ -82,7 +86,7 @@ class StaticInt8(Pass):
 
     scheme: str = AUTO
     per_channel: bool = True
-    observer: str = Observer.MINMAX.value
+    observer: str = AUTO_RANGE
     percentile: float = 99.99
     exclude: tuple[str, ...] = ()
     ops: tuple[str, ...] = DEFAULT_OPS
@@ -149,11 +153,11 @@ class StaticInt8(Pass):
         model, layout, ranges = state.model, state.layout, state.ranges
         given = self._beside(state.float_weights)
         beside = Beside(model, context, given, layout.nodes)
-        notes = (*state.notes, *_notes(layout, beside))
+        notes = (*state.notes, *_notes(layout, beside), *guarded)
         if layout.nodes:
             corrected, more = self._correct(state, context)
             write_qdq(model, layout, ranges, corrected)
-            notes += (*guarded, *more)
+            notes += more
         notes += beside.write(context.target)
         return PassResult(model, bool(layout.nodes or beside), (*notes, *state.calibrated))
 
@@ -170,44 +174,53 @@ class StaticInt8(Pass):
         found = None if state.ranges is None else self._switched(state, context)
         return found, state.layout.plan
 
-    def _calibrate(self, model: ir.Model, context: Context) -> _State:
+    def _calibrate(self, model: ir.Model, context: Context, observer: str | None = None) -> _State:
         """The model made ready for its pairs, its layout, and ranges where it has one."""
         self._prepare(model, context)
         layout, notes = self._layout(model, context.target)
+        if observer is None:
+            observer = Observer.MINMAX if self.observer == AUTO_RANGE else self.observer
         if not layout.nodes:
-            return _State(model, layout, None, notes)
-        observer = self._observer(layout)
-        ranges = observe(model, layout.sources, context.calibration, context.progress, observer)
-        calibrated = (f"calibrated on {ranges.samples} samples, {self.observer}", *ranges.notes)
+            return _State(model, layout, None, notes, observer=observer)
+        chosen = self._observer(layout, observer)
+        ranges = observe(model, layout.sources, context.calibration, context.progress, chosen)
+        calibrated = (f"calibrated on {ranges.samples} samples, {observer}", *ranges.notes)
         unseen = frozenset(i.graph for i in layout.activations if i.source in ranges.unseen)
         if unseen:  # no range tells of what calibration never computed
             layout, _ = self._layout(model, context.target, unseen)
-        return _State(model, layout, ranges, notes, calibrated, unseen)
+        return _State(model, layout, ranges, notes, calibrated, unseen, observer=observer)
 
     def _guard(self, state: _State, context: Context) -> tuple[_State, tuple[str, ...]]:
         """What makes the result near to float's where 8 bits as they come are not (`protect`)."""
         if not state.layout.nodes:
             return state, ()
-        with self._switched(state, context) as switched:
-            before = harm(switched, context.calibration or ())
-            if before <= QUIET:
-                return state, ()
-            smooth = self._smoothed(state, before, context)
-            if smooth is None:
-                found = protect(switched, context.calibration or (), context.progress)
+        before = self._harm(state, context)
+        if before > FINE and self.observer == AUTO_RANGE:
+            other = self._calibrate(state.model, context, Observer.MSE)
+            after = self._harm(other, context)
+            if after < before:
+                state, before = other, after
+        if before <= QUIET:
+            return state, ()
         notes: tuple[str, ...] = ()
+        smooth = self._smoothed(state, before, context)
         if smooth is not None:
             state, notes = smooth
-            with self._switched(state, context) as switched:
-                found = protect(switched, context.calibration or (), context.progress)
+        with self._switched(state, context) as switched:
+            macs = measure(state.model, context.dims).macs or 0
+            found = protect(switched, context.calibration or (), macs, context.progress)
         if found.names:
             layout, _ = self._layout(state.model, context.target, state.unseen, found.names)
-            ranges = self._complete(state.model, layout, state.ranges, context)
+            ranges = self._complete(state, layout, context)
             left = tuple(n for n in found.names if n not in found.storable)
             state = dataclasses.replace(
                 state, layout=layout, ranges=ranges, sensitive=found.names, float_weights=left
             )
         return state, (*notes, *found.notes)
+
+    def _harm(self, state: _State, context: Context) -> float:
+        with self._switched(state, context) as switched:
+            return harm(switched, context.calibration or ())
 
     def _smoothed(
         self, state: _State, before: float, context: Context
@@ -217,11 +230,10 @@ class StaticInt8(Pass):
         done = SmoothQuant(insert=True).run(trial, context)
         if not done.modified:
             return None
-        smooth = self._calibrate(trial, context)
+        smooth = self._calibrate(trial, context, state.observer)
         if smooth.ranges is None:
             return None
-        with self._switched(smooth, context) as switched:
-            after = harm(switched, context.calibration or ())
+        after = self._harm(smooth, context)
         if after * WORTH > before:
             return None
         return smooth, (f"{done.notes[0]}: {decibels(before)} without, {decibels(after)} with",)
@@ -231,26 +243,24 @@ class StaticInt8(Pass):
         plan = self._planner(state.model, state.unseen, context)
         return Switched(state.model, plan, state.ranges)
 
-    def _complete(
-        self, model: ir.Model, layout: Int8Layout, ranges: Ranges | None, context: Context
-    ) -> Ranges | None:
+    def _complete(self, state: _State, layout: Int8Layout, context: Context) -> Ranges:
         """Ranges with those of values that only the new layout has pairs on."""
+        ranges = state.ranges
         assert ranges is not None
         missing = [v for v in layout.sources if (v.name or "") not in ranges]
         if missing:
-            more = observe(
-                model, missing, context.calibration, context.progress, self._observer(layout)
-            )
-            ranges.update(more)
+            chosen = self._observer(layout, state.observer)
+            samples = context.calibration
+            ranges.update(observe(state.model, missing, samples, context.progress, chosen))
         return ranges
 
     def _beside(self, kept: tuple[str, ...] = ()) -> BesideOptions:
         exclude = self.exclude + kept
         return options(self.name, exclude, self.recurrent, self.leftovers, self.per_channel)
 
-    def _observer(self, layout: Int8Layout) -> ObserverOptions:
+    def _observer(self, layout: Int8Layout, observer: str) -> ObserverOptions:
         return ObserverOptions(
-            observer=self.observer,
+            observer=observer,
             percentile=self.percentile,
             dtype=layout.scheme.activation,
             symmetric=layout.scheme.symmetric_activation,

@@ -27,6 +27,8 @@ from .numbers import Affine, Range, activation_affine, round_trip, weight_affine
 from .plan import Activation, Int8Layout
 from .qdq import input_affines
 
+MANY = 16
+"""Elements from which an output of one sample has a signal of its own."""
 _GATES, _WEIGHTS = "switched/values", "switched/weights"
 
 
@@ -60,7 +62,7 @@ class Switched:
         writer = _Writer(copy, layout, ranges)
         self.units = writer.units
         self._outputs = writer.write()
-        self._runner = OrtRunner(copy, optimize=False)
+        self._runner = OrtRunner(copy)
 
     def run(
         self, feed: Feed, on: np.ndarray, weights: np.ndarray | None = None
@@ -92,16 +94,18 @@ def divergence_over(samples: Iterable[tuple[Sequence[np.ndarray], Sequence[np.nd
     """Error power over signal power, the mean over outputs; 0 equal, 0.01 is 20 dB.
 
     `samples` are pairs of the float model's outputs and those held against them. The signal of an
-    output is its deviation from its mean over all samples (of one that is a single probability, no
-    sample has any by itself), or, for a constant one, its square. Integers and text count the share
-    of elements that differ. Infinite where a result is not finite and the reference is.
+    output is its deviation from its mean, or, for a constant one, its square. Of an output of
+    `MANY` elements or more each sample counts alike, and at most 1, so that loud samples do not
+    hide what becomes of quiet ones; a smaller one (a single probability has no deviation) is taken
+    over all samples. Integers and text count the share of elements that differ. Infinite where a
+    result is not finite and the reference is.
     """
     outputs: dict[int, _Power] = {}
     for reference, found in samples:
         for i, (expected, actual) in enumerate(zip(reference, found, strict=True)):
             if expected.size:
                 outputs.setdefault(i, _Power()).add(expected, actual)
-    parts = [power.ratio() for power in outputs.values() if power.count]
+    parts = [power.ratio() for power in outputs.values() if power.count or power.samples]
     return float(np.mean(parts)) if parts else 0.0
 
 
@@ -109,6 +113,8 @@ def divergence_over(samples: Iterable[tuple[Sequence[np.ndarray], Sequence[np.nd
 class _Power:
     """Sums over the samples of one output. `shift` is near its mean, against cancellation."""
 
+    samples: int = 0
+    shares: float = 0.0
     count: int = 0
     error: float = 0.0
     exact: bool = False
@@ -127,16 +133,29 @@ class _Power:
         a, b = a[finite], b[finite]
         if a.size == 0:
             return
+        error = float(np.sum((a - b) ** 2)) if np.isfinite(b).all() else np.inf
+        if a.size >= MANY:
+            self._add_share(a, error)
+            return
         if self.count == 0:
             self.shift = float(a.mean())
         self.count += a.size
-        self.error += float(np.sum((a - b) ** 2)) if np.isfinite(b).all() else np.inf
+        self.error += error
         away = a - self.shift
         self.sums += (away.sum(), np.sum(away * away), np.sum(a * a))
+
+    def _add_share(self, reference: np.ndarray, error: float) -> None:
+        signal = float(np.sum((reference - reference.mean()) ** 2))
+        signal = signal or float(np.sum(reference * reference)) or 1.0
+        share = error / signal
+        self.samples += 1
+        self.shares += min(share, 1.0) if np.isfinite(share) else np.inf
 
     def ratio(self) -> float:
         if self.exact:
             return self.error / self.count
+        if self.samples:
+            return self.shares / self.samples
         total, squares, power = self.sums.tolist()
         signal = max(0.0, squares - total * total / self.count)
         return self.error / (signal or power or 1.0)
