@@ -87,6 +87,7 @@ def mse_range(histogram: Histogram, dtype: ir.DataType, symmetric: bool) -> Rang
     counts, zero = histogram.bins()
     if not counts.size:
         return full
+    least, greatest = integer_range(dtype)
     width = histogram.width
     edges = (np.arange(counts.size + 1, dtype=np.float64) - zero) * width
     # the outer bins end where the values do
@@ -102,7 +103,6 @@ def mse_range(histogram: Histogram, dtype: ir.DataType, symmetric: bool) -> Rang
     def error(low: float, high: float) -> float:
         affine = activation_affine(Range(low, high), dtype, symmetric)
         scale, middle = float(affine.scale), int(affine.zero_point)
-        least, greatest = integer_range(dtype)
         return scale**3 * float(steps @ _integral(edges / scale, least - middle, greatest - middle))
 
     return _search(full, error, symmetric)
@@ -111,7 +111,8 @@ def mse_range(histogram: Histogram, dtype: ir.DataType, symmetric: bool) -> Rang
 def _integral(u: np.ndarray, least: int, greatest: int) -> np.ndarray:
     """The integral from 0 to u of (t - round(t))^2, rounding saturated at the given integers."""
     nearest = np.clip(np.rint(u), least, greatest)
-    found: np.ndarray = nearest / 12 + (u - nearest) ** 3 / 3
+    off = u - nearest
+    found: np.ndarray = nearest / 12 + off * off * off / 3
     return found
 
 

@@ -321,7 +321,7 @@ class _Planner:
             return False
         values = [v for _, v in self._activations(node)]
         made = [self._is_made_in_integers(v) for v in values]
-        if not any(made):
+        if not any(made) or (node.op_type == "MaxPool" and not all(made)):
             return False
         result = _count(node.outputs[0])
         return all(
