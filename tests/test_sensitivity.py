@@ -237,8 +237,7 @@ def test_values_of_one_name_in_branches_beside_each_other():
             elif value.dtype == ir.DataType.INT64:
                 feed[value.name] = np.full(value.shape.numpy(), 2, np.int64)
         feeds.append(feed)
-    written = model.clone()
-    StaticInt8().run(written, Context(calibration=feeds))
+    written = StaticInt8().run(model.clone(), Context(calibration=feeds)).model
     for feed in feeds[:4]:
         for expected, actual in zip(outputs(model, feed), outputs(written, feed), strict=True):
             assert sqnr(expected, actual) > 25
@@ -343,6 +342,7 @@ def test_the_layer_with_the_outliers_is_the_one_kept_float():
     assert found.after < 0.02
     assert "1 of 8 layers kept float" in found.notes[0]
     result = StaticInt8().run(model, Context(calibration=feeds))
+    model = result.model
     assert integer_weights(model) == [f"n{i}_Conv" for i in range(2, 9)]
     assert any("n0_Conv" in note for note in result.notes)
     for feed in spiky(3, seed=90):
@@ -355,9 +355,9 @@ def test_a_healthy_net_is_left_alone():
     found = protected(model, images(6))
     assert found.names == ()
     assert found.before == found.after < 0.01
-    a, b = conv_net(), conv_net()
-    StaticInt8().run(a, Context(calibration=images(6)))
-    StaticInt8(protect=False).run(b, Context(calibration=images(6)))
+    a = StaticInt8(observer="minmax").run(conv_net(), Context(calibration=images(6))).model
+    item = StaticInt8(observer="minmax", protect=False)
+    b = item.run(conv_net(), Context(calibration=images(6))).model
     assert ir.serde.serialize_model(a).SerializeToString() == (
         ir.serde.serialize_model(b).SerializeToString()
     )
@@ -370,6 +370,7 @@ def test_a_model_that_no_layer_saves_is_computed_in_float():
     assert found.before > 0.5
     assert found.after == 0
     result = StaticInt8().run(model, Context(calibration=feeds))
+    model = result.model
     assert not any(node.op_type == "QuantizeLinear" for node in model.graph)
     assert any("kept float" in note for note in result.notes), result.notes
     feed = feeds[3]
@@ -383,7 +384,7 @@ def test_protection_is_deterministic():
     written = []
     for _ in range(2):
         model = chain(clip_after=1)
-        StaticInt8().run(model, Context(calibration=spiky(8)))
+        model = StaticInt8().run(model, Context(calibration=spiky(8))).model
         written.append(ir.serde.serialize_model(model).SerializeToString())
     assert written[0] == written[1]
     assert protected(chain(clip_after=1), spiky(8)) == protected(chain(clip_after=1), spiky(8))
@@ -403,7 +404,7 @@ def test_weights_that_do_no_harm_are_stored_small_and_others_are_not():
     harmless = chain(clip_after=1)
     found = protected(harmless, spiky(8))
     assert found.storable == {"n0_Conv"}
-    StaticInt8().run(harmless, Context(calibration=spiky(8)))
+    harmless = StaticInt8().run(harmless, Context(calibration=spiky(8))).model
     assert harmless.graph[0].op_type != "Conv"  # unpacked in front of it
     assert "w0" not in harmless.graph.initializers
 
@@ -414,7 +415,7 @@ def test_weights_that_do_no_harm_are_stored_small_and_others_are_not():
     found = protected(harmful, feeds)
     assert found.names == ("n0_Conv",)
     assert found.storable == frozenset()
-    StaticInt8().run(harmful, Context(calibration=feeds))
+    harmful = StaticInt8().run(harmful, Context(calibration=feeds)).model
     assert harmful.graph.initializers["w0"].const_value.dtype == ir.DataType.FLOAT
     (expected,), (actual,) = outputs(with_wild_weights(), feeds[0]), outputs(harmful, feeds[0])
     assert sqnr(expected, actual) > 18
