@@ -15,7 +15,7 @@ from onnx import TensorProto, numpy_helper
 from edgepass.cost.kernels import runtime_graph
 from edgepass.cost.ort_plan import write_plan
 from edgepass.cost.runtime_graph import RuntimeGraph
-from edgepass.passes.base import Context
+from edgepass.passes.base import Context, Pass
 from edgepass.passes.quantize.dynamic_int8 import DynamicInt8
 from edgepass.passes.quantize.half import Bf16, Fp16
 from edgepass.passes.quantize.static_int8 import StaticInt8
@@ -53,7 +53,8 @@ def model(
             numpy_helper.from_array(RNG.standard_normal(shape).astype(np.float32), name)
             for name, shape in weights.items()
         ]
-        + [numpy_helper.from_array(np.float32(v), n) for n, v in (("zero", 0.0), ("six", 6.0))],
+        + [numpy_helper.from_array(np.float32(v), n) for n, v in (("zero", 0.0), ("six", 6.0))]
+        + [numpy_helper.from_array(np.array([2, 3]), "axes")],
     )
     proto = oh.make_model(graph, opset_imports=[oh.make_opsetid("", opset)], ir_version=10)
     proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)
@@ -84,6 +85,24 @@ def convnet(opset: int = 21) -> ir.Model:
         "w2": (16, 16, 1, 1), "w3": (40, 32), "b3": (40,),
     }  # fmt: skip
     return model(nodes, weights, {"x": (TensorProto.FLOAT, [1, 3, 16, 16])}, ["y", "c2"], opset)
+
+
+def gates(opset: int = 21) -> ir.Model:
+    """Gates with a hard slope, a mean over places, groups of few channels."""
+    nodes = [
+        oh.make_node("Conv", ["x", "w0", "b0"], ["c0"], "c0", pads=[1, 1, 1, 1]),
+        oh.make_node("HardSwish", ["c0"], ["h0"], "h0"),
+        oh.make_node("Conv", ["h0", "w1"], ["c1"], "c1", pads=[1, 1, 1, 1], group=8),
+        oh.make_node("ReduceMean", ["c1", "axes"], ["p"], "p"),
+        oh.make_node("Conv", ["p", "w2", "b2"], ["c2"], "c2"),
+        oh.make_node("HardSigmoid", ["c2"], ["g"], "g", alpha=1 / 6),
+        oh.make_node("Mul", ["c1", "g"], ["m"], "m"),
+        oh.make_node("Conv", ["m", "w2"], ["y"], "y"),
+    ]
+    weights: dict[str, tuple[int, ...]] = {
+        "w0": (32, 16, 3, 3), "b0": (32,), "w1": (32, 4, 3, 3), "w2": (32, 32, 1, 1), "b2": (32,),
+    }  # fmt: skip
+    return model(nodes, weights, {"x": (TensorProto.FLOAT, [1, 16, 8, 8])}, ["y"], opset)
 
 
 def tokens(opset: int = 21) -> ir.Model:
@@ -127,12 +146,20 @@ NETS: dict[str, Callable[[], ir.Model]] = {
 }
 
 
+def prepared(net: str, item: Pass, context: Context) -> ir.Model:
+    """A net as the pass makes its plan of it: biases in products, groups joined, for int8."""
+    found = NETS[net]()
+    if isinstance(item, StaticInt8):
+        item._prepare(found, context)
+    return found
+
+
 @pytest.mark.parametrize("name", PASSES)
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("device", ["x86_64", "arm64"])
 def test_a_plan_is_written_as_its_pass_writes_it(name: str, net: str, device: str) -> None:
     item, context = PASSES[name], Context(get_target(device))
-    before, after = NETS[net](), NETS[net]()
+    before, after = prepared(net, item, context), NETS[net]()
     plan = item.plan(before, context)
     assert plan is not None
     assert plan.entries
@@ -151,10 +178,25 @@ def test_a_plan_is_written_as_its_pass_writes_it(name: str, net: str, device: st
 def test_kernels_of_a_plan_are_those_of_the_graph_it_leads_to(name: str, net: str) -> None:
     target = get_target("x86_64-avx512")
     item, context = PASSES[name], Context(target)
-    before, after = NETS[net](), NETS[net]()
+    before, after = prepared(net, item, context), NETS[net]()
     planned = runtime_graph(before, target, item.plan(before, context))
     applied = runtime_graph(getattr(item, "preview", item.run)(after, context).model, target)
     assert kinds(planned) == kinds(applied)
+
+
+@pytest.mark.parametrize("device", ["x86_64", "x86_64-avx512", "arm64"])
+def test_gates_means_and_groups_are_written_as_int8_writes_them(device: str) -> None:
+    item, target = StaticInt8(), get_target(device)
+    before, after = gates(), gates()
+    item._prepare(before, Context(target))
+    plan = item.plan(before, Context(target))
+    mirror = RuntimeGraph(before)
+    write_plan(mirror, plan)
+    after = item.preview(after, Context(target)).model
+    assert kinds(mirror) == kinds(RuntimeGraph(after))
+    left = {op.type for op in mirror} & {"HardSigmoid", "HardSwish", "ReduceMean"}
+    assert not left
+    assert kinds(runtime_graph(before, target, plan)) == kinds(runtime_graph(after, target))
 
 
 def test_work_absorbed_by_saturation_stays_with_its_kernel() -> None:

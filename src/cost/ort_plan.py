@@ -136,6 +136,38 @@ class _Writer:
             if value in absorbed:
                 self._absorb(absorbed[value])
             self._pair(value, spec, users, everywhere)
+        for op in [op for op in self.graph if op in self.members]:
+            if INTEGER_OPS[op.type].lowered:
+                self._lower(op)
+
+    def _lower(self, op: Op) -> None:
+        """HardSigmoid: Add of a constant; HardSwish: that, Q, DQ, Mul; a mean: its pooling."""
+        value, result = op.inputs[0], op.outputs[0]
+        spec = next(s for t, s in self.entries.items() if not t.constant)
+        if op.type == "ReduceMean":
+            op.type, op.attributes = "GlobalAveragePool", {}
+            set_inputs(self.graph, op, [value])
+            return
+        numbers = self._scalars(result, spec)
+        offset = Tensor(f"{result.name}/offset/float", (), _FLOAT)
+        integer = _constant(f"{result.name}/offset", (), spec.dtype)
+        self.graph.add(Op("DequantizeLinear", "", [integer, *numbers], [offset]))
+        if op.type == "HardSigmoid":
+            op.type, op.attributes = "Add", {}
+            set_inputs(self.graph, op, [value, offset])
+            return
+        moved = self._insert("Add", [value, offset], result)
+        inputs: list[Tensor | None] = [moved, *self._scalars(result, spec)]
+        quantized = self._insert("QuantizeLinear", inputs, result, spec.dtype)
+        inputs = [quantized, *self._scalars(result, spec)]
+        floats = self._insert("DequantizeLinear", inputs, result)
+        op.type, op.attributes = "Mul", {}
+        set_inputs(self.graph, op, [value, floats])
+
+    def _scalars(self, like: Tensor, spec: QuantSpec) -> list[Tensor | None]:
+        """A scale and a zero point."""
+        scale = _constant(f"{like.name}/gate_scale", (), _FLOAT)
+        return [scale, _constant(f"{like.name}/gate_zero_point", (), spec.dtype)]
 
     def _absorbed(self) -> dict[Tensor, Op]:
         """Values that an operator in integers writes once their Relu or Clip is gone."""
