@@ -46,6 +46,9 @@ multiply by them."""
 GATES = ("Sigmoid", "HardSigmoid")
 """Functions with results from 0 to 1: that is their range, whatever calibration saw."""
 
+_SLIDES_OVER = ("MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice")
+"""What ONNX Runtime moves a QuantizeLinear over, towards where the value is made."""
+
 _BIAS = QuantSpec(ir.DataType.INT32, True, PerTensor(), zero_points=False)
 
 
@@ -192,6 +195,8 @@ class _Planner:
                 self.refused[node] = "excluded by option"
             return False
         reason = _why_not(node, self.options.attention) or self._too_thin(node)
+        if not reason and self._reads_float_pool(node):
+            reason = "behind a MaxPool of floats, which its integers would slow down"
         if not reason and self.graph in self.options.unseen:
             reason = "calibration never ran its branch"
         if not reason and self._is_sensitive(node):
@@ -223,13 +228,31 @@ class _Planner:
             return ""
         return f"of {shape[1]} input channels: faster in float on this target"
 
+    def _reads_float_pool(self, node: ir.Node) -> bool:
+        """Whether a QuantizeLinear before the node would slide over a MaxPool of floats.
+
+        ONNX Runtime 1.32 moves it there, and pools integers that do not lie channels last, as an
+        integer convolution would leave them, 13 times as slowly as floats.
+        """
+        value = node.inputs[0]
+        maker = value.producer() if value is not None else None
+        while maker is not None and is_onnx_op(maker, *_SLIDES_OVER):
+            value = maker.inputs[0]
+            if is_onnx_op(maker, "MaxPool"):
+                return not self._leads_to_seed(value.producer() if value is not None else None)
+            maker = value.producer() if value is not None else None
+        return False
+
     def _leads_to_seed(self, node: ir.Node | None) -> bool:
         """Whether a value comes from a convolution or product, through what follows one."""
         for _ in range(8):
-            if node is None or not is_onnx_op(node, *INTEGER_OPS):
+            if node is None:
                 return False
-            if INTEGER_OPS[node.op_type].weighted:
-                return True
+            if not _saturates(node):
+                if not self._allowed(node) or self._is_sensitive(node):
+                    return False
+                if INTEGER_OPS[node.op_type].weighted:
+                    return True
             value = node.inputs[0]
             node = value.producer() if value is not None else None
         return False
