@@ -375,8 +375,12 @@ def is_integer_island(node: ir.Node) -> bool:
         return False
     row = INTEGER_OPS[node.op_type]
     inputs = data_inputs(node)
-    if row.lowered or not inputs or not all(
-        is_dequantize(value.producer()) for i in inputs if (value := node.inputs[i]) is not None
+    if (
+        row.lowered
+        or not inputs
+        or not all(
+            is_dequantize(value.producer()) for i in inputs if (value := node.inputs[i]) is not None
+        )
     ):
         return False
     results = [value for value in node.outputs if value.uses() or value.is_graph_output()]
