@@ -38,7 +38,9 @@ def refusal(
     for value in inputs:
         if value is not None and value.dtype != ir.DataType.FLOAT:
             return f"its kernel computes in FLOAT, not {value.dtype.name if value.dtype else '?'}"
-    return between_integers(m, float_root=float_root) or missing_operator(context, op_type, inputs, domain=domain)
+    return between_integers(m, float_root=float_root) or missing_operator(
+        context, op_type, inputs, domain=domain
+    )
 
 
 def between_integers(m: Match, *, float_root: bool = False) -> str | None:
