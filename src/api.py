@@ -369,4 +369,6 @@ def _require_faster(
         before = imported.estimate(compiled.target, ["fp32"], dims=sample.dims)
         return before["fp32"].latency, report.latency
 
-    compiled.speed = require_faster(wanted, compiled.speed, again, predicted, compiled.target.name)
+    compiled.speed = require_faster(
+        wanted, compiled.speed, again, predicted, compiled.target.name, compiled.notes.append
+    )
