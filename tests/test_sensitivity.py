@@ -21,6 +21,7 @@ from edgepass.passes.quantize.static_int8 import StaticInt8
 from edgepass.passes.quantize.switched import Switched, divergence_over
 from edgepass.passes.spec import build_pass, parse_specs
 from edgepass.search import layer_job
+from edgepass.search.blame import find_blame
 from edgepass.search.mixed import heads
 from edgepass.targets.onnxruntime import OrtRunner
 from subgraph_models import subgraph_model
@@ -611,6 +612,23 @@ def test_two_runs_agree(planted):
     again = edgepass.sensitivity(chain(clip_after=1), TARGET, calibration=spiky(12))
     assert again.layers == planted.layers
     assert again.every == planted.every
+
+
+def test_a_sweep_blames_by_trying_where_nothing_inside_is_known(monkeypatch, tmp_path):
+    def unknown(*given):
+        raise UsageError("Nothing inside can be told apart")
+
+    monkeypatch.setattr("edgepass.evaluation.internals.inspect", unknown)
+    feeds = spiky(8)
+    given = chain(clip_after=1), tmp_path, edgepass.Evaluation(data=feeds), feeds
+    found = find_blame(*given, "int8", TARGET)
+    assert found.layers[0].layer == "n0_Conv"
+    assert "exclude=['n0_Conv']" in found.layers[0].remedy
+    assert not found.unknown
+    for recipe in ("", "fp16"):
+        found = find_blame(*given, recipe, TARGET)
+        assert found.layers == ()
+        assert "Nothing inside" in found.unknown
 
 
 @pytest.mark.parametrize(("most", "sizes"), [(0, [0]), (1, [0, 1]), (5, [0, 1, 2, 3, 4, 5])])

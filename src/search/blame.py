@@ -1,7 +1,8 @@
 """Which layers of a candidate do the harm, and what to do about each.
 
-Here: `Blame`, and asking what looks inside models (`evaluation.internals`). Not here: how errors of
-layers are measured, which candidate to ask about (`choice`).
+Here: `Blame`, and asking what looks inside models (`evaluation.internals`), or what tries layers
+(`sensitivity`). Not here: how errors of layers are measured, which candidate to ask about
+(`choice`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 SAMPLES = 16
 """Enough for ranges and errors of layers; each is run three times."""
 _NAMED = 3
+_MOST_RUNS = 3000
 Feed = Mapping[str, np.ndarray]
 
 
@@ -58,9 +60,12 @@ def find_blame(
     artifact: Path | None,
     evaluation: Evaluation | None,
     feeds: Sequence[Feed] = (),
+    recipe: str = "",
+    target: str = "host",
 ) -> Found:
     """The layers of an artifact that do most harm, on some samples of the evaluation; on `feeds`
-    where the evaluation's samples are sequences of steps."""
+    where the evaluation's samples are sequences of steps. Where looking inside names none (layers
+    in branches), those of static int8 are tried one by one, calibrated on `feeds`."""
     from ..evaluation.internals import inspect
 
     samples = _feeds(graph, evaluation) or list(feeds)
@@ -69,8 +74,35 @@ def find_blame(
     try:
         found = inspect(graph, artifact, samples[:SAMPLES])
     except EdgepassError as error:
-        return Found(unknown=error.diagnostic.what)
-    return Found(tuple(_named(found)))
+        layers, why = [], error.diagnostic.what
+    else:
+        layers, why = _named(found), ""
+    layers = layers or _tried(graph, target, recipe, feeds)
+    return Found(tuple(layers), "" if layers else why)
+
+
+def _tried(graph: ir.Model, target: str, recipe: str, feeds: Sequence[Feed]) -> list[Blame]:
+    """The layers of static int8 that do most harm alone; none for another recipe."""
+    from .sensitivity import sensitivity
+
+    if not recipe or not feeds:
+        return []
+    try:
+        found = sensitivity(
+            graph, target, calibration=list(feeds), recipe=recipe, max_runs=_MOST_RUNS
+        )
+    except EdgepassError:
+        return []
+    return [
+        Blame(
+            layer.name,
+            f"alone in 8 bits it leaves {layer.alone.sqnr_db:.0f} dB at the outputs, all layers "
+            f"together {found.every.sqnr_db:.0f} dB",
+            f"leave it in float: exclude=[{layer.name!r}]",
+        )
+        for layer in found.ranked[:_NAMED]
+        if layer.alone.error > 0
+    ]
 
 
 def _named(found: Internals) -> list[Blame]:

@@ -91,7 +91,7 @@ class SweepResult:
     def _blame(self, row: Row) -> Found:
         if row.name not in self._blamed:
             self._blamed[row.name] = find_blame(
-                self.graph, row.artifact, self.evaluation, self._feeds
+                self.graph, row.artifact, self.evaluation, self._feeds, row.recipe, self.target
             )
         return self._blamed[row.name]
 
