@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 
@@ -11,7 +12,7 @@ import pytest
 
 import edgepass
 from edgepass.cli import main
-from edgepass.errors import UsageError
+from edgepass.errors import SlowerError, UsageError
 from edgepass.frontends import load_model
 from edgepass.ir.graph import graph_tree
 from edgepass.ir.shapes import infer_shapes
@@ -25,6 +26,7 @@ from edgepass.search.blame import find_blame
 from edgepass.search.mixed import heads
 from edgepass.targets.onnxruntime import OrtRunner
 from subgraph_models import subgraph_model
+from test_docs import blocks
 from test_quantize import conv_net, graph_of, images, mlp, normal, sqnr, token_ids
 
 TARGET = "x86_64-avx512"
@@ -635,6 +637,32 @@ def test_a_sweep_blames_by_trying_where_nothing_inside_is_known(monkeypatch, tmp
 def test_heads_end_at_the_most(most, sizes):
     assert heads(most) == sizes
     assert heads(40)[-1] == 40
+
+
+def test_the_examples_of_the_docs(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    model = chain(clip_after=1)
+    model.graph[0].name = "conv3"
+    ir.save(model, "model.onnx")
+    feeds, _ = labelled(8, seed=300)
+    test = np.concatenate([feed["x"] for feed in feeds])
+    labels = np.arange(8)
+    names = {
+        "edgepass": edgepass,
+        "calibration": np.concatenate([feed["x"] for feed in spiky(8)]),
+        "test": test,
+        "labels": labels,
+    }
+    first, second, *_ = blocks("docs/sensitivity.md")
+    with contextlib.suppress(SlowerError):  # what is timed here is up to the machine
+        exec(first, names)
+    assert names["choice"].names[0] == "conv3"
+    assert "all in 8 bits" in capsys.readouterr().out
+    exec(
+        second.replace("labels=labels,", "labels=labels, predict=means,"),
+        {**names, "means": channel_means},
+    )
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
