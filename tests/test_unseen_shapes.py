@@ -55,3 +55,65 @@ def test_a_declared_output_shape_that_can_t_be_gives_way_as_in_onnx_runtime(decl
 def _feeds(count: int, shape: list[int]) -> list[dict[str, np.ndarray]]:
     rng = np.random.default_rng(0)
     return [{"x": rng.uniform(-1, 1, shape).astype(np.float32)} for _ in range(count)]
+
+
+# --- recurrent layers ----------------------------------------------------------------------------
+
+
+def _speaker_net() -> tuple[onnx.ModelProto, list[dict[str, np.ndarray]]]:
+    """An LSTM on inputs of which the telling ones are a thousandth of the loudest."""
+    rng = np.random.default_rng(3)
+    hidden, channels, steps = 224, 8, 12
+    w = rng.normal(0, 1, (1, 4 * hidden, channels)).astype(np.float32)
+    w[..., 1:] *= 300
+    w[..., 0] *= 0.05
+    r = (rng.normal(0, 0.5, (1, 4 * hidden, hidden)) / hidden**0.5).astype(np.float32)
+    head = rng.normal(0, 0.2, (hidden, 16)).astype(np.float32)
+    make = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [
+            onnx.helper.make_node("LSTM", ["x", "w", "r"], ["", "h"], hidden_size=hidden),
+            onnx.helper.make_node("Squeeze", ["h", "axes"], ["last"]),
+            onnx.helper.make_node("MatMul", ["last", "head"], ["y"]),
+        ],
+        "speaker",
+        [make("x", onnx.TensorProto.FLOAT, [steps, 1, channels])],
+        [make("y", onnx.TensorProto.FLOAT, [1, 16])],
+        [
+            onnx.numpy_helper.from_array(array, name)
+            for name, array in (("w", w), ("r", r), ("head", head), ("axes", np.array([0])))
+        ],
+    )
+    model = onnx.helper.make_model(
+        graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8
+    )
+    scales = np.array([3.0] + [0.003] * (channels - 1), np.float32)
+    feeds = [
+        {"x": (rng.normal(0, 1, (steps, 1, channels)) * scales).astype(np.float32)}
+        for _ in range(16)
+    ]
+    return model, feeds
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int8_dynamic"])
+def test_an_lstm_that_integers_would_ruin_stays_float(recipe: str):
+    model, feeds = _speaker_net()
+
+    def compiled(text: str) -> edgepass.Compiled:
+        return edgepass.compile(
+            model, recipe=text, calibration=feeds[:12], time_budget_s=0, force=True
+        )
+
+    float_model = compiled("default")
+    expected = np.array([float_model.run(feed)["y"] for feed in feeds[12:]])
+
+    def error(one: edgepass.Compiled) -> float:
+        found = np.array([one.run(feed)["y"] for feed in feeds[12:]])
+        return float(np.sum((found - expected) ** 2) / np.sum((expected - expected.mean()) ** 2))
+
+    guarded, naive = compiled(recipe), compiled(f"{recipe}{{protect=false}}")
+    assert "DynamicQuantizeLSTM" in [node.op_type for node in naive.model.graph]
+    assert error(naive) > 0.1
+    assert error(guarded) < 0.02
+    assert "LSTM" in [node.op_type for node in guarded.model.graph]
+    assert "1 of 1 LSTMs and stored weights kept float" in str(guarded.ledger)

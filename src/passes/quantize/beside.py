@@ -19,7 +19,16 @@ from ...ir.quant import QuantPlan, QuantSpec
 from ...targets.target import Target
 from ..base import Context
 from .leftovers import Leftover, leftovers, write_leftovers
-from .recurrent import OPERATOR, WEIGHTS, Recurrent, integer_lstms, lstm_spec, why_not, write_lstms
+from .recurrent import (
+    OPERATOR,
+    WEIGHTS,
+    Recurrent,
+    integer_lstms,
+    label,
+    lstm_spec,
+    why_not,
+    write_lstms,
+)
 from .tables import Table, lookup_tables, write_tables
 
 
@@ -32,12 +41,14 @@ class LeftOver(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class BesideOptions:
-    """`exclude`: names of nodes and operator types that stay float."""
+    """`exclude`: names of nodes and operator types that stay float. `floating`: names of LSTMs that
+    do not run in integers, whose weights may be stored in 8 bits."""
 
     exclude: tuple[str, ...]
     recurrent: Recurrent
     left: LeftOver
     per_channel: bool
+    floating: tuple[str, ...] = ()
 
 
 def options(
@@ -74,7 +85,8 @@ class Beside:
         self.model = model
         self.given = given
         self.taken = frozenset(taken)
-        self.lstms = integer_lstms(model, context, given.recurrent, given.exclude)
+        kept = given.exclude + given.floating
+        self.lstms = integer_lstms(model, context, given.recurrent, kept)
         self.tables: list[Table] = list(lookup_tables(model, given.exclude))
         self.left: list[Leftover] = []
         if given.left is LeftOver.STORED:
@@ -90,8 +102,10 @@ class Beside:
             for node in graph:
                 if not is_onnx_op(node, "LSTM") or node in chosen:
                     continue
-                if "LSTM" in self.given.exclude or (node.name or "") in self.given.exclude:
-                    yield describe_node(node), "excluded by option"
+                if label(node) in self.given.floating:
+                    yield describe_node(node), "sensitive: in 8 bits it does most of the harm"
+                elif "LSTM" in self.given.exclude or label(node) in self.given.exclude:
+                    yield describe_node(node), "excluded"
                 elif reason := why_not(node, context):
                     yield describe_node(node), f"computed in float: {reason}"
 

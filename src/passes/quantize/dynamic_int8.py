@@ -34,6 +34,7 @@ from ...ir.quant import PerChannel, PerTensor, QuantPlan, QuantSpec, is_dequanti
 from ...targets.target import Target
 from ..base import Context, Pass, PassResult, Stage
 from .beside import Beside, BesideOptions, LeftOver, options
+from .beside_guard import guard_beside
 from .known_types import require_types
 from .notes import refusal_notes
 from .numbers import weight_affine
@@ -51,7 +52,8 @@ class DynamicInt8(Pass):
     `per_channel`: a scale for each output column of a weight. `exclude`: names of nodes or operator
     types to keep float. `recurrent`: LSTMs in integers where that is faster ("auto"), "always" or
     "never". `leftovers`: "stored", weights of other operators (Conv, GRU) are 8 bits in the file
-    and unpacked when the model is loaded, or "float".
+    and unpacked when the model is loaded, or "float". `protect`: where there are calibration
+    samples, LSTMs and stored weights whose 8 bits do most of the harm on them stay float.
     """
 
     name = "int8_dynamic"
@@ -64,6 +66,7 @@ class DynamicInt8(Pass):
     exclude: tuple[str, ...] = ()
     recurrent: str = Recurrent.AUTO.value
     leftovers: str = LeftOver.STORED.value
+    protect: bool = True
 
     def __post_init__(self) -> None:
         self._beside()
@@ -85,7 +88,8 @@ class DynamicInt8(Pass):
             UsageError: the opset is below 11.
         """
         nodes, refused = self._select(model)
-        beside = Beside(model, context, self._beside(), nodes)
+        given, guarded = self._guarded(model, context, nodes)
+        beside = Beside(model, context, given, nodes)
         plan = self._plan(nodes, [*refused, *beside.refused])
         if not nodes and not beside:
             text = "nothing to quantize: no MatMul, Gemm or LSTM with weights"
@@ -97,7 +101,17 @@ class DynamicInt8(Pass):
             counts = Counter(node.op_type for node in nodes)
             text = ", ".join(f"{count} {op}" for op, count in sorted(counts.items()))
             notes = (f"{plan.label}: {text}", *notes)
-        return PassResult(model, True, (*notes, *refusal_notes(plan)))
+        return PassResult(model, True, (*notes, *guarded, *refusal_notes(plan)))
+
+    def _guarded(
+        self, model: ir.Model, context: Context, nodes: list[ir.Node]
+    ) -> tuple[BesideOptions, tuple[str, ...]]:
+        """The options with what calibration data, if there is any, shows had better stay float."""
+        given = self._beside()
+        weights = [v.const_value for g in graph_tree(model.graph) for v in g.initializers.values()]
+        if not self.protect or not context.calibration or any(is_absent(w) for w in weights):
+            return given, ()
+        return guard_beside(model, context, given, nodes)
 
     def _beside(self) -> BesideOptions:
         return options(self.name, self.exclude, self.recurrent, self.leftovers, self.per_channel)

@@ -68,9 +68,14 @@ def integer_lstms(
         for node in graph
         if is_onnx_op(node, "LSTM")
         and "LSTM" not in exclude
-        and (node.name or "") not in exclude
+        and label(node) not in exclude
         and not why_not(node, context, least)
     ]
+
+
+def label(node: ir.Node) -> str:
+    """What a node is excluded by: its name, or that of its first result."""
+    return node.name or node.outputs[0].name or ""
 
 
 def why_not(node: ir.Node, context: Context, least: int = MIN_ELEMENTS) -> str:

@@ -19,6 +19,7 @@ from ...targets.target import QuantScheme, Runtime, Target
 from ..base import Context, Pass, PassResult, Stage
 from ..ledger import measure
 from .beside import Beside, BesideOptions, LeftOver, options
+from .beside_guard import guard_beside
 from .biases import merge_biases
 from .calibrate import Observer, ObserverOptions, Ranges, observe
 from .corrections import Corrections, Rounding, add_missing_biases, correct
@@ -152,6 +153,9 @@ class StaticInt8(Pass):
             state, guarded = self._guard(state, context)
         model, layout, ranges = state.model, state.layout, state.ranges
         given = self._beside(state.float_weights)
+        if self.protect and _weight_bytes(model) <= _TOO_LARGE:
+            given, more = guard_beside(model, context, given, layout.nodes)
+            guarded += more
         beside = Beside(model, context, given, layout.nodes)
         notes = (*state.notes, *_notes(layout, beside), *guarded)
         if layout.nodes:
