@@ -26,7 +26,7 @@ demo: setup arm64
 	$(BIN)/python examples/demo.py
 
 test: setup arm64
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: setup
 	$(BIN)/ruff check .

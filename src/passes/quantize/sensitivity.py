@@ -132,7 +132,8 @@ def protect(
 
     With all layers in 8 bits and a divergence below `QUIET`: none. Else layers are ranked by what
     each does alone, and the shortest head of the ranking is taken that brings the divergence below
-    `QUIET`, or, where none does, comes within twice of the best that any reaches. A head is at most
+    `QUIET`, or, where none does, comes within twice of the best that any reaches; and further
+    layers as long as they halve what is left above `FINE`. A head is at most
     a quarter of the layers; where the result would be `RUINED` even so, it may be all of them. A
     head that does not halve the error is no remedy, and nothing is kept. `macs` are those of one
     inference, where they are known.
@@ -162,10 +163,9 @@ def protect(
         mask = every.copy()
         mask[ranked[:count]] = False
         tried.append((count, measure(mask, mask)))
-        if tried[-1][1] <= QUIET:
+        if tried[-1][1] <= QUIET and not (_is_steep(tried) and tried[-1][1] > FINE):
             break
-    best = min(error for _, error in tried)
-    count, after = next((c, e) for c, e in tried if e <= max(QUIET, 2 * best))
+    count, after = _head_of_choice(tried)
     if after * WORTH > before:
         note = (
             f"all layers in 8 bits: {decibels(before)} at the outputs on calibration data; no few "
@@ -201,6 +201,20 @@ def _storable(
             break
         found.append(switched.units[i].name)
     return frozenset(found)
+
+
+def _is_steep(tried: Sequence[tuple[int, float]]) -> bool:
+    """Whether the last layers kept float halved the error."""
+    return len(tried) < 2 or tried[-1][1] * WORTH <= tried[-2][1]
+
+
+def _head_of_choice(tried: Sequence[tuple[int, float]]) -> tuple[int, float]:
+    """The first head that is quiet, or near the best; and those behind it that halve the error."""
+    best = min(error for _, error in tried)
+    at = next(i for i, (_, error) in enumerate(tried) if error <= max(QUIET, 2 * best))
+    while at + 1 < len(tried) and tried[at + 1][1] * WORTH <= tried[at][1]:
+        at += 1
+    return tried[at]
 
 
 def _heads(most: int) -> list[int]:
