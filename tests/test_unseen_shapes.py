@@ -35,6 +35,15 @@ def test_divergence_is_the_mean_over_outputs_and_counts_integers_and_what_is_not
     assert divergence_over([([np.zeros(0)], [np.zeros(0)])]) == 0.0
 
 
+def test_a_sample_in_which_next_to_nothing_happens_does_not_decide():
+    rng = np.random.default_rng(0)
+    loud, faint = rng.normal(0, 1, 400), rng.normal(0, 1e-4, 400)
+    wrong = divergence_over([([loud], [loud]), ([faint], [faint + 1e-3])])
+    assert wrong < 1e-4
+    half = divergence_over([([loud], [loud]), ([loud / 2], [0 * loud])])
+    assert half == pytest.approx(0.5, rel=0.01)  # a quiet one still counts as much as a loud one
+
+
 # --- what exporters leave behind ---------------------------------------------------------------
 
 

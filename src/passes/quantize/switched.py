@@ -27,6 +27,8 @@ from .numbers import Affine, Range, activation_affine, round_trip, weight_affine
 from .plan import Activation, Int8Layout
 from .qdq import input_affines
 
+QUIETEST = 0.1
+"""Of the mean signal power of samples: what a sample's error is held against at least."""
 MANY = 16
 """Elements from which an output of one sample has a signal of its own."""
 _GATES, _WEIGHTS = "switched/values", "switched/weights"
@@ -96,7 +98,8 @@ def divergence_over(samples: Iterable[tuple[Sequence[np.ndarray], Sequence[np.nd
     `samples` are pairs of the float model's outputs and those held against them. The signal of an
     output is its deviation from its mean, or, for a constant one, its square. Of an output of
     `MANY` elements or more each sample counts alike, and at most 1, so that loud samples do not
-    hide what becomes of quiet ones; a smaller one (a single probability has no deviation) is taken
+    hide what becomes of quiet ones, but for those in which next to nothing happens (`QUIETEST`); a
+    smaller one (a single probability has no deviation) is taken
     over all samples. Integers and text count the share of elements that differ. Infinite where a
     result is not finite and the reference is.
     """
@@ -105,7 +108,7 @@ def divergence_over(samples: Iterable[tuple[Sequence[np.ndarray], Sequence[np.nd
         for i, (expected, actual) in enumerate(zip(reference, found, strict=True)):
             if expected.size:
                 outputs.setdefault(i, _Power()).add(expected, actual)
-    parts = [power.ratio() for power in outputs.values() if power.count or power.samples]
+    parts = [power.ratio() for power in outputs.values() if power.count or power.large]
     return float(np.mean(parts)) if parts else 0.0
 
 
@@ -113,8 +116,8 @@ def divergence_over(samples: Iterable[tuple[Sequence[np.ndarray], Sequence[np.nd
 class _Power:
     """Sums over the samples of one output. `shift` is near its mean, against cancellation."""
 
-    samples: int = 0
-    shares: float = 0.0
+    large: list[tuple[float, float]] = dataclasses.field(default_factory=list)
+    """Mean squares of error and of signal, of each sample of `MANY` elements."""
     count: int = 0
     error: float = 0.0
     exact: bool = False
@@ -135,7 +138,7 @@ class _Power:
             return
         error = float(np.sum((a - b) ** 2)) if np.isfinite(b).all() else np.inf
         if a.size >= MANY:
-            self._add_share(a, error)
+            self._add_large(a, error)
             return
         if self.count == 0:
             self.shift = float(a.mean())
@@ -144,18 +147,19 @@ class _Power:
         away = a - self.shift
         self.sums += (away.sum(), np.sum(away * away), np.sum(a * a))
 
-    def _add_share(self, reference: np.ndarray, error: float) -> None:
+    def _add_large(self, reference: np.ndarray, error: float) -> None:
         signal = float(np.sum((reference - reference.mean()) ** 2))
-        signal = signal or float(np.sum(reference * reference)) or 1.0
-        share = error / signal
-        self.samples += 1
-        self.shares += min(share, 1.0) if np.isfinite(share) else np.inf
+        signal = signal or float(np.sum(reference * reference))
+        self.large.append((error / reference.size, signal / reference.size))
 
     def ratio(self) -> float:
         if self.exact:
             return self.error / self.count
-        if self.samples:
-            return self.shares / self.samples
+        if self.large:
+            errors, signals = np.array(self.large).T
+            floor = QUIETEST * signals.mean() or 1.0
+            shares = errors / np.maximum(signals, floor)
+            return float(np.mean(np.where(np.isfinite(shares), np.minimum(shares, 1.0), np.inf)))
         total, squares, power = self.sums.tolist()
         signal = max(0.0, squares - total * total / self.count)
         return self.error / (signal or power or 1.0)
