@@ -225,7 +225,7 @@ def test_attributes_subgraphs_functions_and_metadata_are_exact(tmp_path: Path) -
         (attention, StaticInt8()),
         (attention, WeightOnly()),
     ],
-    ids=str,
+    ids=lambda item: getattr(item, "__name__", str(item)),
 )
 def test_a_plan_is_priced_as_the_file_it_becomes(build, item, tmp_path: Path) -> None:
     model = build(weights=False)

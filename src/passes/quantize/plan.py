@@ -52,9 +52,10 @@ _SLIDES_OVER = ("MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slic
 _BIAS = QuantSpec(ir.DataType.INT32, True, PerTensor(), zero_points=False)
 
 
-_MANY_OUTPUTS, _MANY_PRODUCTS = 32, 100
-"""Output channels, and products a result, from which the few input channels of a convolution do
-not matter: measured at 3 channels, 7x7 to 64 outputs 0.8x the time of float, 3x3 1.5 to 2.4x."""
+_MANY_OUTPUTS, _MANY_PRODUCTS, _COLOURS = 32, 100, 3
+"""Output channels, products a result, and input channels from which it does not matter that the
+latter are few: measured at 3 channels, 7x7 to 64 outputs 0.8x the time of float, 3x3 1.5 to 2.4x;
+at one channel, 512x1 to 128 outputs 1.0x, where the rest of the network takes half."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -217,6 +218,7 @@ class _Planner:
         source = node.inputs[0].producer() if node.inputs[0] is not None else None
         reads_integers = len(shape) == 4 and self._leads_to_seed(source)
         deep = shape[0] >= _MANY_OUTPUTS and math.prod(shape[1:]) >= _MANY_PRODUCTS
+        deep = deep and shape[1] >= _COLOURS  # patches are gathered place by place
         if shape[1] >= least or reads_integers or deep:
             return ""
         # A MaxPool of integers is quick only beside an integer convolution (channels last).
