@@ -43,6 +43,8 @@ from .targets.target import Runtime, Target
 
 LOSSLESS = 1e-4
 """What a lossless recipe may change, relative to an output's range."""
+RUINED_DB = 10.0
+"""Signal over error of all outputs below which a lossy recipe is announced to do harm."""
 
 
 def compile(  # noqa: A001 - the name users look for
@@ -239,8 +241,15 @@ def _lossless_bound(graph: ir.Model) -> float:
 def _judge(
     ledger: Ledger, passes: Sequence[Pass], strict: bool, notes: list[str], bound: float
 ) -> None:
-    """A lossless pipeline that changed the numbers says so, or fails when strict."""
+    """A lossless pipeline that changed the numbers says so, or fails when strict; a lossy one that
+    left little of them says so."""
     error = ledger.total_error
+    if error is not None and error.sqnr_db < RUINED_DB and not all(p.lossless for p in passes):
+        notes.append(
+            f"WARNING: on the one sample tried, the outputs are only {error.sqnr_db:.0f} dB from "
+            "those of the source: evaluate the model on real data (`edgepass evaluate`), and look "
+            "inside (`edgepass inspect`)"
+        )
     if error is None or error.relative <= bound or not all(p.lossless for p in passes):
         return
     worst = max(

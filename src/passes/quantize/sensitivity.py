@@ -30,8 +30,8 @@ FEW = 4
 MORE_SAMPLES = 32
 """As many where the outputs of `MAX_SAMPLES` are fewer than `ENOUGH` numbers."""
 ENOUGH = 64
-RUINED = 0.06
-"""Error power over signal power (12 dB) above which results are of no use."""
+RUINED = 0.03
+"""Error power over signal power (15 dB) above which results are of no use."""
 MAX_KEPT = 0.25
 """The largest share of the layers that may be kept float, unless results are of no use."""
 TRYING_MACS = 2e11
