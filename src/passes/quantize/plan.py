@@ -17,7 +17,6 @@ import onnx_ir as ir
 
 from ...ir.graph import (
     attribute,
-    constant_scalar,
     constant_tensor,
     describe_node,
     graph_tree,
@@ -33,18 +32,26 @@ from ...ir.quant import (
     QuantPlan,
     QuantSpec,
     data_inputs,
-    is_dequantize,
 )
 from ...targets.target import QuantScheme
 from .lowered import slope
+from .plan_nodes import (
+    count_of,
+    is_convex_resize,
+    is_float,
+    is_gate,
+    is_gate_result,
+    is_spatial_mean,
+    name_of,
+    products_a_compare,
+    saturates,
+    why_not,
+)
 
 DEFAULT_OPS: tuple[str, ...] = tuple(op for op in INTEGER_OPS if op != "Softmax")
 """What may run in integers unless the options say otherwise. Softmax stays float: its steep part
 loses most to 8 bits, and it costs little. Sigmoid and HardSigmoid do only as gates, whose readers
 multiply by them."""
-
-GATES = ("Sigmoid", "HardSigmoid")
-"""Functions with results from 0 to 1: that is their range, whatever calibration saw."""
 
 _WORTH = 240.0
 """Products in integers that win what one comparison of a MaxPool of integers loses: 0.015 ns of
@@ -188,7 +195,7 @@ class _Planner:
             is_onnx_op(node, *INTEGER_OPS)
             and node.op_type in self.options.ops
             and node.op_type not in self.options.exclude
-            and _name(node) not in self.options.exclude
+            and name_of(node) not in self.options.exclude
         )
 
     def _is_seed(self, node: ir.Node) -> bool:
@@ -198,7 +205,7 @@ class _Planner:
             if node.op_type in self.options.ops:
                 self.refused[node] = "excluded by option"
             return False
-        reason = _why_not(node, self.options.attention) or self._too_thin(node)
+        reason = why_not(node, self.options.attention) or self._too_thin(node)
         if not reason and self._reads_float_pool(node):
             reason = "behind a MaxPool of floats, which its integers would slow down"
         if not reason and self.graph in self.options.unseen:
@@ -210,7 +217,7 @@ class _Planner:
         return not reason
 
     def _is_sensitive(self, node: ir.Node) -> bool:
-        return _name(node) in self.options.sensitive
+        return name_of(node) in self.options.sensitive
 
     def _too_thin(self, node: ir.Node) -> str:
         """Why a convolution of few channels stays float, where the target says so; else ''."""
@@ -246,7 +253,7 @@ class _Planner:
             value = maker.inputs[0]
             if is_onnx_op(maker, "MaxPool"):
                 made = value.producer() if value is not None else None
-                return not self._leads_to_seed(made) and _products_a_compare(node, maker) < _WORTH
+                return not self._leads_to_seed(made) and products_a_compare(node, maker) < _WORTH
             maker = value.producer() if value is not None else None
         return False
 
@@ -255,7 +262,7 @@ class _Planner:
         for _ in range(8):
             if node is None:
                 return False
-            if not _saturates(node):
+            if not saturates(node):
                 if not self._allowed(node) or self._is_sensitive(node):
                     return False
                 if INTEGER_OPS[node.op_type].weighted:
@@ -267,10 +274,10 @@ class _Planner:
     def _may_follow(self, node: ir.Node) -> bool:
         if not self._allowed(node) or INTEGER_OPS[node.op_type].weighted:
             return False
-        if self._is_sensitive(node) or not all(_is_float(v) for v in node.outputs):
+        if self._is_sensitive(node) or not all(is_float(v) for v in node.outputs):
             return False
         values = [node.inputs[i] for i in data_inputs(node)]
-        if not all(_is_float(v) for v in values) or not any(
+        if not all(is_float(v) for v in values) or not any(
             constant_tensor(v) is None for v in values
         ):
             return False
@@ -278,7 +285,7 @@ class _Planner:
             case "MaxPool":  # 8-bit MaxPool came with opset 12; indices need the floats' order
                 return self.opset >= 12 and len(node.outputs) == 1
             case "Resize":
-                return _is_convex_resize(node)
+                return is_convex_resize(node)
             case "HardSwish":  # clipped by saturation, which symmetric integers do not do at 0
                 return not self.scheme.symmetric_activation
             case "HardSigmoid" if self.scheme.symmetric_activation or slope(node)[0] <= 0:
@@ -290,7 +297,7 @@ class _Planner:
                 return is_spatial_mean(node)
             case "Add" | "Mul":
                 # A one-element constant is part of an activation function (x + 3, x / 6).
-                return not any(constant_tensor(v) is not None and _count(v) == 1 for v in values)
+                return not any(constant_tensor(v) is not None and count_of(v) == 1 for v in values)
         return True
 
     def _activations(self, node: ir.Node) -> Iterator[tuple[int, ir.Value]]:
@@ -308,7 +315,7 @@ class _Planner:
         if value.is_graph_output() or len(value.uses()) != 1:
             return None
         user = next(iter(value.uses())).node
-        return user if user.graph is node.graph and _saturates(user) else None
+        return user if user.graph is node.graph and saturates(user) else None
 
     def _result(self, node: ir.Node, index: int = 0) -> ir.Value:
         activation = self._absorbed(node)
@@ -317,7 +324,7 @@ class _Planner:
     def _maker(self, value: ir.Value) -> ir.Node | None:
         """The node that makes a value, seen through an absorbed activation."""
         node = value.producer()
-        if node is not None and _saturates(node) and node.inputs[0] is not None:
+        if node is not None and saturates(node) and node.inputs[0] is not None:
             before = node.inputs[0].producer()
             if before is not None and before in self.members and self._absorbed(before) is node:
                 return before
@@ -353,9 +360,9 @@ class _Planner:
         made = [self._is_made_in_integers(v) for v in values]
         if not any(made) or (node.op_type == "MaxPool" and not all(made)):
             return False
-        result = _count(node.outputs[0])
+        result = count_of(node.outputs[0])
         return all(
-            ok or v in self.read_by_seeds or _is_gate(v, result)
+            ok or v in self.read_by_seeds or is_gate(v, result)
             for ok, v in zip(made, values, strict=True)
         )
 
@@ -465,7 +472,7 @@ def _plan(part: _Part, scheme: QuantScheme) -> QuantPlan:
     return QuantPlan(
         label=f"int8 {scheme}",
         entries=entries,
-        nodes=tuple(_name(node) for node in part.nodes),
+        nodes=tuple(name_of(node) for node in part.nodes),
         copies={name: count for name, count in stored.items() if count > 1}
         | dict.fromkeys(_orphans(part.activations), 0),
         kept=frozenset(
@@ -485,124 +492,6 @@ def _by_name(
     return {value.name or "": value for value in values}
 
 
-# --- questions about one node ------------------------------------------------------------------
-
-
-def _name(node: ir.Node) -> str:
-    """A node's name, or that of its first result where it has none."""
-    return node.name or node.outputs[0].name or ""
-
-
-def _why_not(node: ir.Node, attention: bool) -> str:
-    """Why a node of a weighted operator can't run in integers; '' when it can."""
-    if not all(_is_float(v) for v in (*node.inputs, *node.outputs) if v is not None):
-        return "its tensors are not float32"
-    value, weight = node.inputs[0], node.inputs[1]
-    if any(is_dequantize(v.producer()) for v in (value, weight) if v is not None):
-        return "already quantized"
-    if constant_tensor(value) is not None:
-        return "its first input is constant"
-    if constant_tensor(weight) is None:
-        if node.op_type != "MatMul":
-            return "its weight is not constant"
-        return "" if attention else "both inputs are activations"
-    if len(node.inputs) > 2 and node.inputs[2] is not None:
-        bias = node.inputs[2]
-        if constant_tensor(bias) is None:
-            return "its bias is not constant"
-        if node.op_type == "Gemm" and not _is_row(static_shape(bias), static_shape(weight), node):
-            return "its bias is not one row"
-    if node.op_type == "Gemm" and (
-        attribute(node, "transA", 0)
-        or attribute(node, "alpha", 1.0) != 1.0
-        or attribute(node, "beta", 1.0) != 1.0
-    ):
-        return "Gemm with transA, alpha or beta has no integer kernel"
-    return ""
-
-
-def _is_row(bias: tuple[int, ...] | None, weight: tuple[int, ...] | None, node: ir.Node) -> bool:
-    if bias is None or weight is None:
-        return False
-    channels = weight[0 if attribute(node, "transB", 0) else 1]
-    return bias in ((channels,), (1, channels))
-
-
-def _saturates(node: ir.Node) -> bool:
-    """Whether a node is a Relu, or a Clip between constants that enclose zero."""
-    bounds = saturation(node)
-    return bounds is not None and bounds[0] <= 0.0 <= bounds[1]
-
-
-def saturation(node: ir.Node) -> tuple[float, float] | None:
-    """The least and greatest result of a Relu, or of a Clip between constants."""
-    if is_onnx_op(node, "Relu"):
-        return 0.0, math.inf
-    if not is_onnx_op(node, "Clip"):
-        return None
-    bounds: list[float] = []
-    for index, name, default in ((1, "min", -math.inf), (2, "max", math.inf)):
-        value = node.inputs[index] if index < len(node.inputs) else None
-        found = attribute(node, name, default) if value is None else constant_scalar(value)
-        if found is None:
-            return None
-        bounds.append(float(found))
-    return bounds[0], bounds[1]
-
-
-def _is_convex_resize(node: ir.Node) -> bool:
-    """Whether a Resize gives nothing outside its input's range, and in 8 bits."""
-    mode = attribute(node, "mode", "nearest")
-    outside = attribute(node, "coordinate_transformation_mode", "half_pixel")
-    antialias = attribute(node, "antialias", 0)
-    return mode in ("nearest", "linear") and outside != "tf_crop_and_resize" and not antialias
-
-
-def is_spatial_mean(node: ir.Node) -> bool:
-    """Whether a ReduceMean is a global average pooling: over all axes behind the channels."""
-    value = node.inputs[0]
-    rank = len(value.shape) if value is not None and value.shape is not None else 0
-    if rank not in (4, 5) or not attribute(node, "keepdims", 1):
-        return False
-    given = node.inputs[1] if len(node.inputs) > 1 else None
-    tensor = constant_tensor(given)
-    axes = (
-        attribute(node, "axes", ()) if given is None else () if tensor is None else tensor.numpy()
-    )
-    return sorted(int(a) % rank for a in axes) == list(range(2, rank))
-
-
-def is_gate_result(value: ir.Value) -> bool:
-    """Whether a Sigmoid or HardSigmoid made the value."""
-    node = value.producer()
-    return node is not None and is_onnx_op(node, *GATES)
-
-
-def _products_a_compare(node: ir.Node, pool: ir.Node) -> float:
-    """Products of a node with weights over comparisons of the MaxPool that it reads.
-
-    Both per channel and position of what lies between them.
-    """
-    shape = static_shape(node.inputs[1])
-    compares = math.prod(int(k) for k in attribute(pool, "kernel_shape", (1,)))
-    if shape is None:
-        return 0.0
-    if not is_onnx_op(node, "Conv"):
-        return shape[weight_channel_axis(node, 1) or 0] / compares
-    steps = math.prod(int(s) for s in attribute(node, "strides", (1,)))
-    products = shape[0] * math.prod(shape[2:]) / int(attribute(node, "group", 1))
-    return products / (steps * compares)
-
-
-def _is_gate(value: ir.Value, result: int | None) -> bool:
-    """Whether a float operand is so small beside the result that a Q for it costs nothing."""
-    size = _count(value)
-    if size is not None and result is not None:
-        return size * 8 <= result
-    shape = value.shape
-    return shape is not None and len(shape) > 2 and all(d == 1 for d in shape.dims[2:])
-
-
 def _orphans(activations: Iterable[Activation]) -> Iterator[str]:
     """The bounds that go when their Clips do."""
     gone = {a.absorbed for a in activations if a.absorbed is not None}
@@ -612,12 +501,3 @@ def _orphans(activations: Iterable[Activation]) -> Iterator[str]:
                 continue
             if all(use.node in gone for use in value.uses()):
                 yield value.name or ""
-
-
-def _is_float(value: ir.Value | None) -> bool:
-    return value is not None and value.dtype == ir.DataType.FLOAT
-
-
-def _count(value: ir.Value | None) -> int | None:
-    shape = static_shape(value)
-    return None if shape is None else math.prod(shape)

@@ -35,7 +35,8 @@ from .numbers import (
     raise_for_bias,
     weight_affine,
 )
-from .plan import Activation, Int8Layout, Weighted, is_gate_result, saturation
+from .plan import Activation, Int8Layout, Weighted
+from .plan_nodes import is_gate_result, saturation
 
 Stored = tuple[ir.Value, ir.Value, ir.Value | None]
 """The values of a constant's integers, scales and zero points."""
