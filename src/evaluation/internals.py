@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import CalibrationError, EdgepassError, UsageError
+from ..errors import UsageError
+from ..passes.probe import run_on_sample
 from ..samples import as_feeds
 from ..targets.feed import input_specs
 from ..targets.onnxruntime import OrtRunner
@@ -326,16 +327,7 @@ class _Inspection:
 
 
 def _run(runner: OrtRunner, feed: Feed, index: int) -> dict[str, np.ndarray]:
-    try:
-        return runner.run(feed)
-    except EdgepassError as error:
-        diagnostic = error.diagnostic
-        raise CalibrationError(
-            f"A model fails on a sample: {diagnostic.what}",
-            where=f"sample {index}; {diagnostic.where}".rstrip("; "),
-            why=diagnostic.why,
-            fix="drop the sample, or repair its shapes",
-        ) from error
+    return run_on_sample(runner, feed, None, f"sample {index}")
 
 
 def _layer(site: Site, causes: Sequence[str]) -> Layer:

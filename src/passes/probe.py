@@ -7,12 +7,13 @@ by the driver, `bisect` and the golden sample. Not here: accuracy on real data (
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from ..errors import EdgepassError
+from ..errors import CalibrationError, EdgepassError
 from ..ir.graph import constant_scalar, is_onnx_op, static_shape
 from ..ir.sizing import dim_name
 from .base import Feed
@@ -251,3 +252,28 @@ class Probe:
         from ..targets.onnxruntime import OrtRunner
 
         return OrtRunner(model, optimize=False, threads=1).run(self.feed)
+
+
+def run_on_sample(
+    runner: Any,
+    sample: Feed,
+    outputs: Sequence[str] | None,
+    where: str,
+    fix: str = "drop the sample, or repair its shapes",
+) -> dict[str, np.ndarray]:
+    """Run an `OrtRunner` on one sample of the user's data, of which `where` says which.
+
+    Raises:
+        CalibrationError: the model fails on it.
+    """
+    try:
+        found: dict[str, np.ndarray] = runner.run(sample, outputs)
+        return found
+    except EdgepassError as error:
+        diagnostic = error.diagnostic
+        raise CalibrationError(
+            f"The model fails on a {where.rstrip(' 0123456789')}: {diagnostic.what}",
+            where=f"{where}; {diagnostic.where}".rstrip("; "),
+            why=diagnostic.why,
+            fix=fix,
+        ) from error

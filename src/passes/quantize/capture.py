@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from ...errors import CalibrationError, EdgepassError, UsageError
+from ...errors import CalibrationError, UsageError
 from ...targets.feed import check_feed, input_specs
 from ...targets.onnxruntime import OrtRunner
 from ..base import Feed
+from ..probe import run_on_sample
 from .layers import LinearLayer, linear_layer
 
 Progress = Callable[[int, int, str], None]
@@ -80,16 +81,7 @@ class Capture:
         check_feed(self._specs, sample, where=where, optional=self._optional, finite=True)
         found = {name: np.asarray(sample[name]) for name in self._given}
         if self._runner is not None:
-            try:
-                found |= self._runner.run(sample, self._computed)
-            except EdgepassError as error:
-                diagnostic = error.diagnostic
-                raise CalibrationError(
-                    f"The model fails on a calibration sample: {diagnostic.what}",
-                    where=f"{where}; {diagnostic.where}".rstrip("; "),
-                    why=diagnostic.why,
-                    fix="drop the sample, or repair its shapes",
-                ) from error
+            found |= run_on_sample(self._runner, sample, self._computed, where)
         return found
 
     def __enter__(self) -> Capture:

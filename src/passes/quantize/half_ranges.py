@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from ...errors import CalibrationError, EdgepassError
 from ...ir.graph import (
     add_initializer,
     attribute,
@@ -29,6 +28,7 @@ from ...ir.ops import facts
 from ...targets.feed import check_feed, input_specs
 from ...targets.onnxruntime import OrtRunner
 from ..base import Feed
+from ..probe import run_on_sample
 
 HEADROOM = 4.0
 """How far other data may exceed the calibration samples before a value overflows."""
@@ -36,6 +36,11 @@ _SOFTMAX_ROUNDING = 0.25
 """The rounding step of a Softmax's greatest input from which probabilities are wrong by 1/8."""
 _IS_INF_SINCE = 10
 _SUMS = ("ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2")
+
+_FIX = (
+    "drop the sample, or repair its shapes; 16-bit floats need no calibration data, but can't tell "
+    "then which values overflow"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,29 +75,14 @@ def observe_magnitudes(
         for i, sample in enumerate(samples):
             progress(i, len(samples), "calibrating")
             check_feed(specs, sample, where=f"calibration sample {i}", optional=optional)
-            for name, array in _run(runner, sample, list(outputs), i).items():
+            where = f"calibration sample {i}"
+            for name, array in run_on_sample(runner, sample, list(outputs), where, _FIX).items():
                 peak, greatest = (float(x) for x in array)
                 seen = Magnitude(peak, greatest)
                 key = outputs[name]
                 found[key] = found[key].union(seen) if key in found else seen
     progress(len(samples), len(samples), "calibrating")
     return found
-
-
-def _run(
-    runner: OrtRunner, sample: Feed, outputs: list[str], index: int
-) -> Mapping[str, np.ndarray]:
-    try:
-        return runner.run(sample, outputs)
-    except EdgepassError as error:
-        diagnostic = error.diagnostic
-        raise CalibrationError(
-            f"The model fails on a calibration sample: {diagnostic.what}",
-            where=f"calibration sample {index}; {diagnostic.where}".rstrip("; "),
-            why=diagnostic.why,
-            fix="drop the sample, or repair its shapes; 16-bit floats need no calibration data, "
-            "but can't tell then which values overflow",
-        ) from error
 
 
 def _watch(model: ir.Model) -> tuple[ir.Model, dict[str, str]]:

@@ -13,9 +13,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import onnx_ir as ir
 
-from ...errors import CalibrationError, EdgepassError
 from ...targets.onnxruntime import OrtRunner
 from ..base import Feed
+from ..probe import run_on_sample
 from .watch import Wanted, Watch
 
 GROUP_BYTES = 1 << 27
@@ -59,7 +59,7 @@ class Summaries:
         self._runner = OrtRunner(watch.model, optimize=False)
 
     def see(self, sample: Feed, where: str) -> Iterator[Seen]:
-        found = _run(self._runner, sample, list(self._outputs.values()), where)
+        found = run_on_sample(self._runner, sample, list(self._outputs.values()), where)
         for value, name in self._outputs.items():
             negated, high, bad, count = (float(x) for x in found[name])
             if count:
@@ -91,7 +91,7 @@ class Elements:
         if not self._ready:
             self._prepare(sample, where)
         for runner, outputs in self._groups:
-            found = _run(runner, sample, list(outputs.values()), where)
+            found = run_on_sample(runner, sample, list(outputs.values()), where)
             for value, name in outputs.items():
                 elements = found.pop(name)
                 if elements.size:
@@ -145,16 +145,3 @@ def _in_groups(
         groups[-1].append(value)
         room -= size
     return groups
-
-
-def _run(runner: OrtRunner, sample: Feed, outputs: list[str], where: str) -> dict[str, np.ndarray]:
-    try:
-        return runner.run(sample, outputs)
-    except EdgepassError as error:
-        diagnostic = error.diagnostic
-        raise CalibrationError(
-            f"The model fails on a calibration sample: {diagnostic.what}",
-            where=f"{where}; {diagnostic.where}".rstrip("; "),
-            why=diagnostic.why,
-            fix="drop the sample, or repair its shapes",
-        ) from error
