@@ -12,11 +12,10 @@ from collections.abc import Iterable, Mapping
 
 import onnx_ir as ir
 
-from ..ir.graph import is_onnx_op
+from ..ir.graph import is_onnx_op, node_name
 from ..ir.quant import INTEGER_OPS, PerBlock, PerChannel, QuantPlan, QuantSpec, stored_shape
 from .ort_dynamic import set_inputs
 from .runtime_graph import CONTRIB, Op, RuntimeGraph, Tensor
-from .storage import node_name
 
 _FLOAT = ir.DataType.FLOAT
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")

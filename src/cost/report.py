@@ -12,7 +12,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from ..ir.graph import is_onnx_op, module_path, source_line
+from ..ir.graph import is_onnx_op, module_path, node_name, source_line
 from ..ir.ops import NodeCost
 from ..ir.quant import QuantPlan
 from ..targets.registry import is_measurable, targets
@@ -417,7 +417,7 @@ def _kernel_rows(launched: Sequence[Kernel], time: Latency) -> tuple[KernelRow, 
             kind=kernel.kind,
             dtype=kernel.dtype,
             shape=kernel.outputs[0].shape if kernel.outputs else None,
-            nodes=tuple(node.name or node.outputs[0].name or "" for node in kernel.nodes),
+            nodes=tuple(node_name(node) for node in kernel.nodes),
             macs=kernel.macs,
             bytes_read=kernel.bytes_read,
             bytes_written=kernel.bytes_written,

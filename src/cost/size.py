@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from ..ir.graph import attribute, constant_tensor, graphs, is_onnx_op
+from ..ir.graph import attribute, constant_tensor, graphs, is_onnx_op, node_name
 from ..ir.quant import (
     PerBlock,
     PerChannel,
@@ -153,7 +153,7 @@ def _stored_change(value: ir.Value, spec: QuantSpec, plan: QuantPlan, integers: 
     dequantize += _told(result, ir.DataType.FLOAT, dims)
     readers = [use.node for use in value.uses()]
     if value.name in plan.kept:  # the others go on reading the floats
-        readers = [node for node in readers if _name(node) in integers]
+        readers = [node for node in readers if node_name(node) in integers]
     renamed = sum(text_bytes(result) - text_bytes(name) for _ in readers)
     change = copies * new + max(len(readers), copies) * dequantize + renamed
     return change - (0 if value.name in plan.kept else old)
@@ -191,21 +191,22 @@ def _pair_bytes(value: ir.Value, spec: QuantSpec) -> int:
 def _absorbed_bytes(value: ir.Value, integers: set[str]) -> int:
     """A Relu or Clip between an integer node and its pair, which saturation replaces."""
     node = value.producer()
-    if node is None or not is_onnx_op(node, "Relu", "Clip") or _name(node) in integers:
+    if node is None or not is_onnx_op(node, "Relu", "Clip") or node_name(node) in integers:
         return 0
     before = node.inputs[0]
     maker = before.producer() if before is not None else None
-    if before is None or maker is None or _name(maker) not in integers or len(before.uses()) != 1:
+    if (
+        before is None
+        or maker is None
+        or node_name(maker) not in integers
+        or len(before.uses()) != 1
+    ):
         return 0
     return framed(node_bytes(node)) + framed(value_info_bytes(before))
 
 
 def _told(name: str, dtype: ir.DataType, dims: tuple[int | str | None, ...] | None) -> int:
     return framed(text_bytes(name) + framed(tensor_type_bytes(dtype, dims)))
-
-
-def _name(node: ir.Node) -> str:
-    return node.name or node.outputs[0].name or ""
 
 
 # --- parameters ------------------------------------------------------------------------------

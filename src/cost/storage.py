@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 
 import onnx_ir as ir
 
-from ..ir.graph import constant_tensor, has_subgraphs, is_onnx_op, static_shape
+from ..ir.graph import constant_tensor, has_subgraphs, is_onnx_op, node_name, static_shape
 from ..ir.ops import is_pure, value_bytes
 from ..ir.quant import (
     INTEGER_OPS,
@@ -280,11 +280,6 @@ def storage_for(
 def runs_integers(target: Target) -> bool:
     """Whether Q/DQ pairs make a target compute in integers. TVM computes them in floats."""
     return target.runtime is not Runtime.TVM and bool(target.quantization)
-
-
-def node_name(node: ir.Node) -> str:
-    """The name a plan knows a node by: its own, or its first output's."""
-    return node.name or (node.outputs[0].name if node.outputs else None) or ""
 
 
 def folded_values(graph: ir.Graph, *, products: bool = False) -> frozenset[ir.Value]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ..ir.graph import constant_array, is_onnx_op
+from ..ir.graph import constant_array, is_onnx_op, node_name
 from ..ir.ops import Category, facts, is_elementwise
 from ..targets.onnxruntime import OrtRunner
 from .drift import Drift, Extent, Histogram, Rounding
@@ -187,7 +187,7 @@ def _attach_weights(
         site.half_inside = any(v.dtype in halves for n in theirs[site] for v in n.outputs)
         site.odd = tuple(q.inputs[0].name or "" for q in odd_pairs(theirs[site]) if q.inputs[0])
         site.matrices = tuple(
-            n.name or n.outputs[0].name or ""
+            node_name(n)
             for n in ours[site]
             if any(is_matrix(v) for v in weight_inputs(n, original.computed))
         )

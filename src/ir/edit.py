@@ -369,3 +369,25 @@ def disconnect(graph: ir.Graph) -> None:
             disconnect(subgraph)
         for i in range(len(node.inputs)):
             node.replace_input_with(i, None)
+
+
+def insert_like(
+    editor: Editor,
+    anchor: ir.Node,
+    op_type: str,
+    inputs: Sequence[ir.Value | None],
+    dtype: ir.DataType = ir.DataType.FLOAT,
+    **attributes: int,
+) -> ir.Value:
+    """A node before `anchor` whose result has the shape of the anchor's; its result."""
+    like, graph = anchor.outputs[0], anchor.graph
+    assert isinstance(graph, ir.Graph)
+    node = ir.Node(
+        "", op_type, inputs, ir.convenience.convert_attributes(attributes), num_outputs=1
+    )
+    value = node.outputs[0]
+    value.type = ir.TensorType(dtype)
+    value.shape = None if like.shape is None else ir.Shape(list(like.shape.dims))
+    value.name = node.name = fresh_name(graph, f"{like.name}/{op_type}")
+    editor.insert_before(anchor, node)
+    return value

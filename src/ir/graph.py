@@ -279,6 +279,11 @@ def add_initializer(
 _STACK_LINE = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 
 
+def node_name(node: ir.Node) -> str:
+    """What a node is called by plans and options: its name, or that of its first result."""
+    return node.name or (node.outputs[0].name if node.outputs else None) or ""
+
+
 def source_line(node: ir.Node) -> str:
     """The user's source line that made the node (`model.py:12 in forward`), or ''.
 

@@ -28,7 +28,7 @@ import onnx_ir as ir
 
 from ..errors import EdgepassError, PassFailedError
 from ..ir.edit import Builder, Editor, Listener
-from ..ir.graph import CONTRIB_DOMAIN, all_nodes, describe_node, graph_tree, source_line
+from ..ir.graph import CONTRIB_DOMAIN, all_nodes, describe_node, graph_tree, node_name, source_line
 from ..ir.match import Match, Mismatch, OpPattern, match
 from .base import Context, Pass, PassResult, Rewrite, Stage
 
@@ -158,7 +158,7 @@ def apply_rules(model: ir.Model, rules: Sequence[RewriteRule], context: Context)
         for rule, pattern in index.get(node.op_type, ()):
             if node.graph is None:
                 break
-            name, source = node.name or node.outputs[0].name or "", source_line(node)
+            name, source = node_name(node), source_line(node)
             if _try_rule(rule, pattern, node, editor, context, model):
                 rewrites.append(Rewrite(rule.name, name, source))
     if any(node.domain == CONTRIB_DOMAIN for node in worklist.made):

@@ -18,7 +18,7 @@ from ..api import session_options
 from ..cost.text import format_bytes
 from ..errors import UsageError
 from ..evaluation.evaluation import Evaluation
-from ..ir.graph import graph_tree
+from ..ir.graph import graph_tree, node_name
 from ..ir.ops import node_cost
 from ..passes.base import Context, Feed, Pass, Stage
 from ..passes.driver import run_passes
@@ -203,7 +203,7 @@ def _shares(model: ir.Model, units: Sequence[Unit], context: Context) -> list[fl
     for graph in graph_tree(model.graph):
         for node in graph:
             macs = float(node_cost(node, sizes, model.functions).macs or 0)
-            counted[node.name or node.outputs[0].name or ""] = macs
+            counted[node_name(node)] = macs
             total += macs
     return [counted.get(unit.name, 0.0) / total if total else 0.0 for unit in units]
 

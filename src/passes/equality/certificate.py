@@ -28,7 +28,7 @@ import onnx_ir as ir
 
 from ...errors import EdgepassError, WeightsAbsentError
 from ...ir import dims as dim_math
-from ...ir.graph import constant_tensor, graphs, is_absent, is_onnx_op, source_line
+from ...ir.graph import constant_tensor, graphs, is_absent, is_onnx_op, node_name, source_line
 from ...ir.match import Match
 from ...ir.ops import is_deterministic, is_elementwise
 from ...ir.shapes import infer_shapes
@@ -109,7 +109,7 @@ class Certifier:
     ) -> None:
         """Called by the rule engine with the values that the rule replaces, and by what."""
         root = before.matched[0].node
-        label = root.name or root.outputs[0].name or ""
+        label = node_name(root)
         source, functions = source_line(root), list(model.functions.values())
         found: Certificate | None = None
         kept: Region | None = None

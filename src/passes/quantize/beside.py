@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator
 import onnx_ir as ir
 
 from ...errors import PassOptionError
-from ...ir.graph import describe_node, graph_tree, is_onnx_op
+from ...ir.graph import describe_node, graph_tree, is_onnx_op, node_name
 from ...ir.quant import QuantPlan, QuantSpec
 from ...targets.target import Target
 from ..base import Context
@@ -24,7 +24,6 @@ from .recurrent import (
     WEIGHTS,
     Recurrent,
     integer_lstms,
-    label,
     lstm_spec,
     why_not,
     write_lstms,
@@ -102,9 +101,9 @@ class Beside:
             for node in graph:
                 if not is_onnx_op(node, "LSTM") or node in chosen:
                     continue
-                if label(node) in self.given.floating:
+                if node_name(node) in self.given.floating:
                     yield describe_node(node), "sensitive: in 8 bits it does most of the harm"
-                elif "LSTM" in self.given.exclude or label(node) in self.given.exclude:
+                elif "LSTM" in self.given.exclude or node_name(node) in self.given.exclude:
                     yield describe_node(node), "excluded"
                 elif reason := why_not(node, context):
                     yield describe_node(node), f"computed in float: {reason}"
@@ -125,7 +124,7 @@ class Beside:
             else:
                 kept.discard(value.name or "")
         entries.update((t.value.name or "", t.spec) for t in self.tables)
-        names = tuple(node.name or node.outputs[0].name or "" for node in self.lstms)
+        names = tuple(node_name(node) for node in self.lstms)
         return dataclasses.replace(
             plan,
             entries=entries,

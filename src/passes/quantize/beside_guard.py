@@ -12,12 +12,11 @@ from collections.abc import Callable, Collection, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from ...ir.graph import graph_tree
+from ...ir.graph import graph_tree, node_name
 from ...targets.onnxruntime import OrtRunner
 from ..base import Context, Feed
 from ..ledger import measure
 from .beside import Beside, BesideOptions
-from .recurrent import label
 from .sensitivity import ENOUGH, MAX_SAMPLES, MORE_SAMPLES, QUIET, WORTH, decibels, spread_over
 from .switched import divergence_over
 
@@ -42,10 +41,10 @@ def guard_beside(
     of float's. One that is computed in float has its weights stored all the same where that does
     nothing much. Without calibration samples, or where even that is too much work: as given.
     """
-    taken_names = {label(node) for node in taken}
+    taken_names = {node_name(node) for node in taken}
 
     def make(copy: ir.Model, options: BesideOptions) -> Beside:
-        same = [n for g in graph_tree(copy.graph) for n in g if label(n) in taken_names]
+        same = [n for g in graph_tree(copy.graph) for n in g if node_name(n) in taken_names]
         return Beside(copy, context, options, same)
 
     items = _names(make(model, given))
@@ -127,7 +126,7 @@ class _Trial:
 
 def _names(beside: Beside) -> list[str]:
     nodes = [*beside.lstms, *(item.node for item in beside.left)]
-    return list(dict.fromkeys(label(node) for node in nodes))
+    return list(dict.fromkeys(node_name(node) for node in nodes))
 
 
 def _without(given: BesideOptions, names: Sequence[str]) -> BesideOptions:

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ...errors import UsageError
-from ...ir.edit import Editor
+from ...ir.edit import Editor, insert_like
 from ...ir.graph import (
     Dim,
     add_initializer,
@@ -28,6 +28,7 @@ from ...ir.graph import (
     index_names,
     is_absent,
     is_onnx_op,
+    node_name,
     opset_of,
 )
 from ...ir.quant import PerChannel, PerTensor, QuantPlan, QuantSpec, is_dequantize
@@ -190,7 +191,7 @@ class DynamicInt8(Pass):
         return QuantPlan(
             label=f"int8 dynamic {'per-channel' if self.per_channel else 'per-tensor'}",
             entries=entries,
-            nodes=tuple(node.name or node.outputs[0].name or "" for node in nodes),
+            nodes=tuple(node_name(node) for node in nodes),
             copies={name: len(found) for name, found in forms.items() if len(found) > 1},
             kept=frozenset(kept),
             notes=tuple(notes),
@@ -256,36 +257,18 @@ class _Writer:
         result = node.outputs[0]
         integers, scales, _ = stored
         x, scale, zero_point = quantized.outputs
-        product = self._insert(node, "MatMulInteger", [x, integers, zero_point], ir.DataType.INT32)
-        product = self._insert(node, "Cast", [product], to=int(ir.DataType.FLOAT))
-        both = self._insert(node, "Mul", [scale, scales])
+        product = insert_like(
+            self.editor, node, "MatMulInteger", [x, integers, zero_point], ir.DataType.INT32
+        )
+        product = insert_like(self.editor, node, "Cast", [product], to=int(ir.DataType.FLOAT))
+        both = insert_like(self.editor, node, "Mul", [scale, scales])
         both.shape = scales.shape
-        value = self._insert(node, "Mul", [product, both])
+        value = insert_like(self.editor, node, "Mul", [product, both])
         bias = node.inputs[2] if len(node.inputs) > 2 else None
         if bias is not None:
-            value = self._insert(node, "Add", [value, bias])
+            value = insert_like(self.editor, node, "Add", [value, bias])
         self.editor.replace_value(result, value)
         self.editor.erase(node)
-
-    def _insert(
-        self,
-        anchor: ir.Node,
-        op_type: str,
-        inputs: list[ir.Value],
-        dtype: ir.DataType = ir.DataType.FLOAT,
-        **attributes: int,
-    ) -> ir.Value:
-        """A node before `anchor` whose result has the shape of the anchor's."""
-        like = anchor.outputs[0]
-        node = ir.Node(
-            "", op_type, inputs, ir.convenience.convert_attributes(attributes), num_outputs=1
-        )
-        value = node.outputs[0]
-        value.type = ir.TensorType(dtype)
-        value.shape = None if like.shape is None else ir.Shape(list(like.shape.dims))
-        value.name = node.name = fresh_name(_graph(anchor), f"{like.name}/{op_type}")
-        self.editor.insert_before(anchor, node)
-        return value
 
     def _quantize_input(self, node: ir.Node) -> ir.Node:
         """One DynamicQuantizeLinear for a graph's readers of a value, before the first."""

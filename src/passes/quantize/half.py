@@ -26,6 +26,7 @@ from ...ir.graph import (
     graphs,
     is_absent,
     is_onnx_op,
+    node_name,
     opset_of,
 )
 from ...ir.ops import facts
@@ -279,7 +280,7 @@ class _Rewriter:
         return QuantPlan(
             label=self.dtype.name.lower(),
             entries=entries,
-            nodes=tuple(n.name or n.outputs[0].name or "" for n in self.ports),
+            nodes=tuple(node_name(n) for n in self.ports),
             kept=frozenset(kept),
             notes=tuple(self.refused),
         )

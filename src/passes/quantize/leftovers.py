@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator
 import onnx_ir as ir
 
 from ...ir.edit import Editor
-from ...ir.graph import constant_tensor, graph_tree, is_absent
+from ...ir.graph import constant_tensor, graph_tree, is_absent, node_name
 from ...ir.ops import Category, facts, weight_channel_axis
 from ...ir.quant import PerChannel, QuantSpec
 from .numbers import weight_affine
@@ -48,7 +48,7 @@ def leftovers(
     What the user excludes, by name or operator type, stays float.
     """
     for node in (n for graph in graph_tree(model.graph) for n in graph):
-        name = node.name or node.outputs[0].name or ""
+        name = node_name(node)
         if node in taken or node.op_type in exclude or name in exclude:
             continue
         for index in _weight_inputs(node):

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 import numpy as np
 import onnx_ir as ir
 
-from ...ir.edit import Editor
-from ...ir.graph import attribute, constant_tensor, fresh_name, is_absent
+from ...ir.edit import Editor, insert_like
+from ...ir.graph import attribute, constant_tensor, is_absent
 from .numbers import Affine, Range, activation_affine
 
 HARDSWISH = (1 / 6, 0.5)
@@ -39,7 +39,7 @@ def lower_members(editor: Editor, nodes: Iterable[ir.Node], dtype: ir.DataType) 
     for node in nodes:
         match node.op_type:
             case "ReduceMean":
-                _insert(editor, node, "GlobalAveragePool", [node.inputs[0]], take_over=True)
+                _replace(editor, node, "GlobalAveragePool", node.inputs[0])
             case "HardSigmoid":
                 _lower_gate(editor, node, dtype)
             case "HardSwish":
@@ -54,19 +54,21 @@ def _lower_gate(editor: Editor, node: ir.Node, dtype: ir.DataType) -> None:
     wide = scale if is_absent(scale) else np.asarray(scale.numpy() / np.float32(alpha))
     wider = editor.initializer(node, f"{node.outputs[0].name}/wide_scale", wide)
     quantize.replace_input_with(1, wider)
-    _insert(editor, node, "Add", [node.inputs[0], _offset(editor, node, dtype)], take_over=True)
+    _replace(editor, node, "Add", node.inputs[0], _offset(editor, node, dtype))
 
 
 def _lower_swish(editor: Editor, node: ir.Node, dtype: ir.DataType) -> None:
     alpha, _ = slope(node)
     value = node.inputs[0]
-    moved = _insert(editor, node, "Add", [value, _offset(editor, node, dtype)])
+    moved = insert_like(editor, node, "Add", [value, _offset(editor, node, dtype)])
     wide = activation_affine(Range(0.0, 1 / alpha), dtype, False)
     narrow = Affine(wide.scale * np.float32(alpha), wide.zero_point)
-    quantized = _insert(editor, node, "QuantizeLinear", [moved, *_numbers(editor, node, wide)])
-    quantized.dtype = dtype
-    gate = _insert(editor, node, "DequantizeLinear", [quantized, *_numbers(editor, node, narrow)])
-    _insert(editor, node, "Mul", [value, gate], take_over=True)
+    numbers = _numbers(editor, node, wide)
+    quantized = insert_like(editor, node, "QuantizeLinear", [moved, *numbers], dtype)
+    gate = insert_like(
+        editor, node, "DequantizeLinear", [quantized, *_numbers(editor, node, narrow)]
+    )
+    _replace(editor, node, "Mul", value, gate)
 
 
 def _offset(editor: Editor, node: ir.Node, dtype: ir.DataType) -> ir.Value:
@@ -78,7 +80,9 @@ def _offset(editor: Editor, node: ir.Node, dtype: ir.DataType) -> ir.Value:
     stored = round(number / float(affine.scale)) + int(affine.zero_point)
     integer = np.asarray(min(max(stored, least), greatest), dtype.numpy())
     integers = editor.initializer(node, f"{node.outputs[0].name}/offset", integer)
-    result = _insert(editor, node, "DequantizeLinear", [integers, *_numbers(editor, node, affine)])
+    result = insert_like(
+        editor, node, "DequantizeLinear", [integers, *_numbers(editor, node, affine)]
+    )
     result.shape = ir.Shape([])
     return result
 
@@ -91,23 +95,6 @@ def _numbers(editor: Editor, node: ir.Node, affine: Affine) -> list[ir.Value]:
     ]
 
 
-def _insert(
-    editor: Editor,
-    anchor: ir.Node,
-    op_type: str,
-    inputs: list[ir.Value | None],
-    *,
-    take_over: bool = False,
-) -> ir.Value:
-    """A node before `anchor` with a result of the anchor's shape; `take_over`: in its place."""
-    graph, like = anchor.graph, anchor.outputs[0]
-    assert isinstance(graph, ir.Graph)
-    node = ir.Node("", op_type, inputs, num_outputs=1)
-    result = node.outputs[0]
-    result.type = ir.TensorType(ir.DataType.FLOAT)
-    result.shape = None if like.shape is None else ir.Shape(list(like.shape.dims))
-    result.name = node.name = fresh_name(graph, f"{like.name}/{op_type}")
-    editor.insert_before(anchor, node)
-    if take_over:
-        editor.replace_node(anchor, result)
-    return result
+def _replace(editor: Editor, node: ir.Node, op_type: str, *inputs: ir.Value | None) -> None:
+    """Another operator in the node's place."""
+    editor.replace_node(node, insert_like(editor, node, op_type, inputs))

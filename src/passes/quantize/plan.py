@@ -21,6 +21,7 @@ from ...ir.graph import (
     describe_node,
     graph_tree,
     is_onnx_op,
+    node_name,
     opset_of,
     static_shape,
 )
@@ -42,7 +43,6 @@ from .plan_nodes import (
     is_gate,
     is_gate_result,
     is_spatial_mean,
-    name_of,
     products_a_compare,
     saturates,
     why_not,
@@ -195,7 +195,7 @@ class _Planner:
             is_onnx_op(node, *INTEGER_OPS)
             and node.op_type in self.options.ops
             and node.op_type not in self.options.exclude
-            and name_of(node) not in self.options.exclude
+            and node_name(node) not in self.options.exclude
         )
 
     def _is_seed(self, node: ir.Node) -> bool:
@@ -217,7 +217,7 @@ class _Planner:
         return not reason
 
     def _is_sensitive(self, node: ir.Node) -> bool:
-        return name_of(node) in self.options.sensitive
+        return node_name(node) in self.options.sensitive
 
     def _too_thin(self, node: ir.Node) -> str:
         """Why a convolution of few channels stays float, where the target says so; else ''."""
@@ -472,7 +472,7 @@ def _plan(part: _Part, scheme: QuantScheme) -> QuantPlan:
     return QuantPlan(
         label=f"int8 {scheme}",
         entries=entries,
-        nodes=tuple(name_of(node) for node in part.nodes),
+        nodes=tuple(node_name(node) for node in part.nodes),
         copies={name: count for name, count in stored.items() if count > 1}
         | dict.fromkeys(_orphans(part.activations), 0),
         kept=frozenset(

@@ -18,11 +18,6 @@ GATES = ("Sigmoid", "HardSigmoid")
 """Functions with results from 0 to 1: that is their range, whatever calibration saw."""
 
 
-def name_of(node: ir.Node) -> str:
-    """A node's name, or that of its first result where it has none."""
-    return node.name or node.outputs[0].name or ""
-
-
 def why_not(node: ir.Node, attention: bool) -> str:
     """Why a node of a weighted operator can't run in integers; '' when it can."""
     if not all(is_float(v) for v in (*node.inputs, *node.outputs) if v is not None):

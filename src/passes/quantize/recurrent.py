@@ -24,6 +24,7 @@ from ...ir.graph import (
     graph_tree,
     is_absent,
     is_onnx_op,
+    node_name,
 )
 from ...ir.quant import PerBlock, PerChannel, QuantSpec
 from ...targets.target import Runtime
@@ -68,14 +69,9 @@ def integer_lstms(
         for node in graph
         if is_onnx_op(node, "LSTM")
         and "LSTM" not in exclude
-        and label(node) not in exclude
+        and node_name(node) not in exclude
         and not why_not(node, context, least)
     ]
-
-
-def label(node: ir.Node) -> str:
-    """What a node is excluded by: its name, or that of its first result."""
-    return node.name or node.outputs[0].name or ""
 
 
 def why_not(node: ir.Node, context: Context, least: int = MIN_ELEMENTS) -> str:

@@ -15,6 +15,7 @@ import onnx_ir as ir
 from ...errors import PassOptionError
 from ...ir.graph import graph_tree
 from ...ir.quant import INTEGER_OPS, QuantPlan
+from ...targets.onnx_file import weight_bytes
 from ...targets.target import QuantScheme, Runtime, Target
 from ..base import Context, Pass, PassResult, Stage
 from ..ledger import measure
@@ -149,11 +150,12 @@ class StaticInt8(Pass):
         """
         state = self._calibrate(model, context)
         guarded: tuple[str, ...] = ()
-        if state.ranges is not None and self.protect and _weight_bytes(model) <= _TOO_LARGE:
+        watched = self.protect and weight_bytes(model) <= _TOO_LARGE
+        if state.ranges is not None and watched:
             state, guarded = self._guard(state, context)
         model, layout, ranges = state.model, state.layout, state.ranges
         given = self._beside(state.float_weights)
-        if self.protect and _weight_bytes(model) <= _TOO_LARGE:
+        if watched:
             given, more = guard_beside(model, context, given, layout.nodes)
             guarded += more
         beside = Beside(model, context, given, layout.nodes)
@@ -358,7 +360,3 @@ def _notes(layout: Int8Layout, beside: Beside) -> tuple[str, ...]:
     counts = Counter(node.op_type for node in layout.nodes)
     text = ", ".join(f"{count} {op}" for op, count in sorted(counts.items()))
     return (f"{plan.label}: {len(layout.nodes)} nodes in integers ({text})", *refusal_notes(plan))
-
-
-def _weight_bytes(model: ir.Model) -> int:
-    return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)

@@ -19,6 +19,7 @@ from ...ir.graph import (
     describe_node,
     fresh_name,
     index_names,
+    node_name,
 )
 from ...ir.quant import INTEGER_OPS, QuantSpec, data_inputs
 from ...targets.onnxruntime import OrtRunner
@@ -175,7 +176,7 @@ class _Writer:
         self.weighted = {item.node: item for item in layout.weighted}
         self.units = tuple(
             Unit(
-                node.name or node.outputs[0].name or "",
+                node_name(node),
                 node.op_type,
                 describe_node(node),
                 node in self.weighted,

@@ -11,11 +11,10 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from ...ir.edit import Editor
+from ...ir.edit import Editor, insert_like
 from ...ir.graph import (
     attribute,
     constant_tensor,
-    fresh_name,
     graph_tree,
     is_absent,
     is_onnx_op,
@@ -77,32 +76,13 @@ def write_tables(model: ir.Model, tables: list[Table]) -> None:
         for gather in table.gathers:
             rows = gather.inputs[1]
             assert rows is not None
-            value = _insert(editor, gather, "Gather", [integers, rows], table.spec.dtype, axis=0)
-            value = _insert(editor, gather, "Cast", [value], to=int(ir.DataType.FLOAT))
-            value = _insert(editor, gather, "Mul", [value, scale])
+            value = insert_like(
+                editor, gather, "Gather", [integers, rows], table.spec.dtype, axis=0
+            )
+            value = insert_like(editor, gather, "Cast", [value], to=int(ir.DataType.FLOAT))
+            value = insert_like(editor, gather, "Mul", [value, scale])
             editor.replace_node(gather, value)
         drop_unused_constant(table.value)
-
-
-def _insert(
-    editor: Editor,
-    anchor: ir.Node,
-    op_type: str,
-    inputs: list[ir.Value],
-    dtype: ir.DataType = ir.DataType.FLOAT,
-    **attributes: int,
-) -> ir.Value:
-    like, graph = anchor.outputs[0], anchor.graph
-    assert isinstance(graph, ir.Graph)
-    node = ir.Node(
-        "", op_type, inputs, ir.convenience.convert_attributes(attributes), num_outputs=1
-    )
-    value = node.outputs[0]
-    value.type = ir.TensorType(dtype)
-    value.shape = None if like.shape is None else ir.Shape(list(like.shape.dims))
-    value.name = node.name = fresh_name(graph, f"{like.name}/{op_type}")
-    editor.insert_before(anchor, node)
-    return value
 
 
 def _picks_rows(node: ir.Node, index: int) -> bool:
