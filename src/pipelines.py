@@ -106,7 +106,9 @@ RECIPES: dict[str, Recipe] = {
 
 _PLUS = re.compile(r"\+(?![^{]*\})")
 """A plus outside braces."""
-_PRUNE = re.compile(r"prune(\d{1,2})$")
+_PERCENT = re.compile(r"(prune|sparsify)(\d{1,2})$")
+_PERCENT_PASSES = {"prune": "sparsify", "sparsify": "sparsify"}
+"""`prune50` is the pass at `ratio=0.5`."""
 
 
 def parse_recipe(text: str) -> list[Pass]:
@@ -147,9 +149,9 @@ def _expand(spec: PassSpec) -> list[Pass]:
             build_pass(find_pass(inner.name), inner)
             for inner in parse_specs(RECIPES[spec.name].text)
         ]
-    percent = _PRUNE.match(spec.name)
+    percent = _PERCENT.match(spec.name)
     if percent and not spec.options:
-        spec = PassSpec("prune", (("ratio", int(percent[1]) / 100),))
+        spec = PassSpec(_PERCENT_PASSES[percent[1]], (("ratio", int(percent[2]) / 100),))
     return [build_pass(find_pass(spec.name), spec)]
 
 

@@ -115,7 +115,7 @@ def test_int8_for_each_target_uses_its_scheme(net, samples, target):
     assert np.abs(result - reference).max() <= 0.1 * np.ptp(reference)
 
 
-@pytest.mark.parametrize("recipe", ["fp16", "bf16", "dynamic-int8", "int8-weights", "prune50"])
+@pytest.mark.parametrize("recipe", ["fp16", "bf16", "dynamic-int8", "int8-weights", "sparsify50"])
 def test_every_recipe_makes_a_model_that_runs(net, samples, recipe):
     compiled = edgepass.compile(net, target="x86_64", recipe=recipe, **QUIET)
     assert compiled.run(samples[0])["y"].dtype == np.float32
@@ -160,7 +160,7 @@ def test_nan_in_calibration_is_named(net, samples):
 
 
 def test_estimate_prices_every_recipe_and_says_assumed(net):
-    recipes = ["fp32", "fp16", "int8", "int8-weights", "prune50+int8"]
+    recipes = ["fp32", "fp16", "int8", "int8-weights", "sparsify50+int8"]
     estimate = edgepass.estimate(net, "arm64", recipes)
     assert [row.recipe for row in estimate.rows] == recipes
     assert not estimate.failed

@@ -272,7 +272,7 @@ def test_unknown_pass(case: Case):
 
 
 @pytest.mark.parametrize(
-    "recipe", ["cleanup,dead_code{nope=1}", "cleanup,dead_code{", "", "cleanup,prune{ratio=abc}"]
+    "recipe", ["cleanup,dead_code{nope=1}", "cleanup,dead_code{", "", "cleanup,sparsify{ratio=abc}"]
 )
 def test_wrong_option(case: Case, recipe: str):
     case.compile_fails(case.model(), "pass-option", 19, "--recipe", recipe)

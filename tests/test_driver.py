@@ -129,8 +129,8 @@ def test_unsound_and_ill_shaped_models_are_refused_before_the_first_pass(model):
 def test_a_pass_that_needs_weights_is_refused_without(model):
     absent = AbsentTensor("w", ir.DataType.FLOAT, [3, 3])
     model.graph.initializers["w"].const_value = absent
-    with pytest.raises(WeightsAbsentError, match="'prune' needs weights, and 1 have no data"):
-        run_passes(model, parse_recipe("prune,dead_code"))
+    with pytest.raises(WeightsAbsentError, match="'sparsify' needs weights, and 1 have no data"):
+        run_passes(model, parse_recipe("sparsify,dead_code"))
 
 
 def test_a_probe_that_cannot_run_says_so_and_compilation_goes_on(model):

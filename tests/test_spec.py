@@ -102,10 +102,10 @@ def test_one_item_is_a_whole_pipeline_and_a_list_is_taken_as_written():
     whole = [p.name for p in parse_recipe("fp16")]
     assert whole.index("fold_constants") < whole.index("fold_affine") < whole.index("fp16")
     assert [p.name for p in parse_recipe("dead_code,identities")] == ["dead_code", "identities"]
-    joined = parse_recipe("prune50+int8")
-    assert next(p for p in joined if p.name == "prune").ratio == 0.5
+    joined = parse_recipe("sparsify50+int8")
+    assert next(p for p in joined if p.name == "sparsify").ratio == 0.5
     names = [p.name for p in joined]
-    assert names.index("prune") < names.index("int8") < names.index("runtime_forms")
+    assert names.index("sparsify") < names.index("int8") < names.index("runtime_forms")
 
 
 def test_stages_order_passes():

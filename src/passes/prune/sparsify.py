@@ -1,6 +1,6 @@
 """Magnitude pruning: the smallest weights become zero.
 
-Here: the pass `prune`, unstructured (Han et al., "Learning both weights and connections for
+Here: the pass `sparsify`, unstructured (Han et al., "Learning both weights and connections for
 efficient neural networks", 2015, without the retraining). Not here:
 removing channels, which changes shapes.
 """
@@ -21,7 +21,7 @@ _WEIGHTS = {"Conv": (1,), "ConvTranspose": (1,), "Gemm": (1,), "MatMul": (0, 1)}
 
 
 @dataclasses.dataclass(frozen=True)
-class MagnitudePrune(Pass):
+class Sparsify(Pass):
     """Sets the weights of least magnitude to zero: no faster, and smaller only when compressed.
 
     `ratio`: the share of weights that are zero afterwards, from 0 to below 1. `scope`: "tensor"
@@ -29,7 +29,7 @@ class MagnitudePrune(Pass):
     `min_elements`: smaller weights stay.
     """
 
-    name = "prune"
+    name = "sparsify"
     stage = Stage.PRUNE
     lossless = False
     idempotent = True
@@ -41,7 +41,7 @@ class MagnitudePrune(Pass):
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.ratio < 1.0:
-            raise _bad_option("ratio", f"a share of {self.ratio} can't be pruned", "0 <= ratio < 1")
+            raise _bad_option("ratio", f"a share of {self.ratio} can't be zero", "0 <= ratio < 1")
         if self.scope not in ("tensor", "global"):
             raise _bad_option("scope", f"no scope {self.scope!r}", "tensor or global")
         if self.min_elements < 0:
@@ -52,7 +52,7 @@ class MagnitudePrune(Pass):
         values = self._weights(model)
         total = sum(v.const_value.size for v in values if v.const_value is not None)
         if not total:
-            text = f"nothing to prune: no weight of {self.min_elements} elements or more"
+            text = f"nothing to sparsify: no weight of {self.min_elements} elements or more"
             return PassResult(model, False, (text,))
         arrays = [_array(value) for value in values]
         masks = self._masks(arrays)
@@ -115,5 +115,5 @@ def _array(value: ir.Value) -> np.ndarray:
 
 def _bad_option(option: str, what: str, fix: str) -> PassOptionError:
     return PassOptionError(
-        f"The option {option!r} does not fit: {what}", where="pass 'prune'", fix=fix
+        f"The option {option!r} does not fit: {what}", where="pass 'sparsify'", fix=fix
     )

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from edgepass.errors import PassOptionError
 from edgepass.ir.verify import verify
 from edgepass.passes.base import Context
-from edgepass.passes.prune.magnitude import MagnitudePrune
+from edgepass.passes.prune.sparsify import Sparsify
 from edgepass.targets.onnxruntime import OrtRunner
 from test_quantize import conv_net, graph_of, images, normal
 
@@ -37,7 +37,7 @@ def test_the_share_of_zeros_is_exact_and_the_largest_stay(ratio, seed):
     model = two_matrices()
     before = normal(32, 32, seed=seed)
     model.graph.initializers["v"].const_value = ir.tensor(before)
-    result = MagnitudePrune(ratio=ratio).run(model, Context())
+    result = Sparsify(ratio=ratio).run(model, Context())
     after = model.graph.initializers["v"].const_value.numpy()
     count = round(ratio * before.size)
     assert (after == 0).sum() == count
@@ -48,9 +48,9 @@ def test_the_share_of_zeros_is_exact_and_the_largest_stay(ratio, seed):
     assert result.modified is (count > 0)
 
 
-def test_global_scope_prunes_the_small_tensor():
+def test_global_scope_empties_the_small_tensor():
     model = two_matrices()
-    MagnitudePrune(ratio=0.5, scope="global").run(model, Context())
+    Sparsify(ratio=0.5, scope="global").run(model, Context())
     assert zeros(model, "w") > 0.95
     assert zeros(model, "v") < 0.05
 
@@ -58,7 +58,7 @@ def test_global_scope_prunes_the_small_tensor():
 def test_ties_are_broken_by_position():
     model = two_matrices()
     model.graph.initializers["v"].const_value = ir.tensor(np.ones((32, 32), np.float32))
-    MagnitudePrune(ratio=0.25).run(model, Context())
+    Sparsify(ratio=0.25).run(model, Context())
     after = model.graph.initializers["v"].const_value.numpy()
     assert (after.reshape(-1)[:256] == 0).all()
     assert (after.reshape(-1)[256:] == 1).all()
@@ -66,7 +66,7 @@ def test_ties_are_broken_by_position():
 
 def test_biases_and_small_weights_stay_and_the_model_runs():
     model = conv_net()
-    result = MagnitudePrune(min_elements=100).run(model, Context())
+    result = Sparsify(min_elements=100).run(model, Context())
     verify(model)
     assert zeros(model, "w1") == zeros(model, "w5") == 0.5
     assert zeros(model, "w2") == 0  # 72 elements
@@ -77,7 +77,7 @@ def test_biases_and_small_weights_stay_and_the_model_runs():
 
 def test_it_is_smaller_only_when_compressed():
     model, dense = two_matrices(), two_matrices()
-    MagnitudePrune(ratio=0.8).run(model, Context())
+    Sparsify(ratio=0.8).run(model, Context())
     sizes = []
     for item in (model, dense):
         raw = ir.to_proto(item).SerializeToString(deterministic=True)
@@ -88,14 +88,14 @@ def test_it_is_smaller_only_when_compressed():
 
 def test_a_second_run_changes_nothing():
     model = two_matrices()
-    assert MagnitudePrune().run(model, Context()).modified
-    assert not MagnitudePrune().run(model, Context()).modified
+    assert Sparsify().run(model, Context()).modified
+    assert not Sparsify().run(model, Context()).modified
 
 
-def test_nothing_to_prune_says_so():
-    result = MagnitudePrune(min_elements=10**6).run(two_matrices(), Context())
+def test_nothing_to_sparsify_says_so():
+    result = Sparsify(min_elements=10**6).run(two_matrices(), Context())
     assert not result.modified
-    assert "nothing to prune" in result.notes[0]
+    assert "nothing to sparsify" in result.notes[0]
 
 
 @pytest.mark.parametrize(
@@ -103,4 +103,4 @@ def test_nothing_to_prune_says_so():
 )
 def test_bad_options_are_refused(options):
     with pytest.raises(PassOptionError):
-        MagnitudePrune(**options)
+        Sparsify(**options)
