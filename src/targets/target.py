@@ -124,7 +124,8 @@ class Target:
     `ops` lists what runs on the fast path; None means "whatever the runtime has a kernel for".
     `quantization` is in order of preference. `fused_activations` are the activation operators the
     runtime folds into a preceding Conv or Gemm by itself. `opset` is the highest standard opset
-    that the runtime takes.
+    that the runtime takes. `sparse_patterns` are those of `sparsify` ("2:4", "block") whose zeros
+    the runtime's kernels leave out: none of today's CPU kernels do.
     """
 
     name: str
@@ -137,6 +138,7 @@ class Target:
     ops: tuple[OpSupport, ...] | None = None
     quantization: tuple[QuantScheme, ...] = ()
     fused_activations: tuple[str, ...] = ()
+    sparse_patterns: tuple[str, ...] = ()
     session_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
     tvm: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     profile: str = ""

@@ -26,6 +26,7 @@ def adaround(
     scale: np.ndarray,
     limits: tuple[int, int],
     steps: int = STEPS,
+    zeros: np.ndarray | None = None,
 ) -> np.ndarray:
     """Integers [groups, in, out] of a weight, to be multiplied by `scale` (which broadcasts).
 
@@ -35,7 +36,7 @@ def adaround(
     Their samples of inputs are moments here, so that a step is one product of matrices, exact in
     all rows. The error is that of inputs as quantized against the float result. Columns for which
     nothing better than the nearest integers comes out keep those. `limits` are the least and the
-    greatest integer.
+    greatest integer. What `zeros` says stays zero.
     """
     low, high = limits
     a, b = moments.problem(bias)
@@ -48,7 +49,9 @@ def adaround(
     scaled = matrix / scale
     nearest = np.clip(np.rint(scaled), low, high)
     floor = np.floor(scaled)
-    up = _optimised(a, b, scaled, floor, scale, limits, steps)
+    if zeros is None:
+        zeros = np.zeros(matrix.shape, bool)
+    up = _optimised(a, b, scaled, floor, scale, limits, steps, zeros) & ~zeros
     chosen = np.clip(floor + up, low, high)
     better = excess(a, b, chosen * scale) < excess(a, b, nearest * scale)
     found: np.ndarray = np.where(better[:, None, :], chosen, nearest)
@@ -63,6 +66,7 @@ def _optimised(
     scale: np.ndarray,
     limits: tuple[int, int],
     steps: int,
+    zeros: np.ndarray,
 ) -> np.ndarray:
     """Whether each weight is rounded up."""
     # in units of a step of each column, with mean input variance 1: one rate suits every layer
@@ -71,6 +75,7 @@ def _optimised(
     target = (b / unit / scale).astype(np.float32)
     rest = np.clip(scaled - floor, 1e-3, 1 - 1e-3).astype(np.float32)
     v = -np.log((_ZETA - _GAMMA) / (rest - _GAMMA) - 1)
+    v[zeros] = -20.0  # down for good: where the sigmoid is cut off it has no slope
     first, second = np.zeros_like(v), np.zeros_like(v)
     for step in range(1, steps + 1):
         sigmoid = 1 / (1 + np.exp(-v))

@@ -34,6 +34,7 @@ from .numbers import (
 from .plan import Int8Layout, Weighted
 from .qdq import Ready, drop_unused_constant, input_affines, write_qdq
 from .reconstruct import MAX_INPUTS, reconstruct
+from .zeros import zeros_to_keep
 
 MAX_SAMPLES = 128
 """More calibration samples are thinned out evenly: every layer in a row runs them all again."""
@@ -122,7 +123,7 @@ def correct(
     return work.ready, work.notes()
 
 
-def _levels(graph: ir.Graph, layers: set[ir.Node]) -> dict[ir.Node, int]:
+def levels_of(graph: ir.Graph, layers: set[ir.Node]) -> dict[ir.Node, int]:
     """How many of the layers lie on the longest way to each node."""
     levels: dict[ir.Node, int] = {}
     for node in graph:
@@ -171,7 +172,7 @@ class _Work:
 
         Were one behind another, both would make up for the same error.
         """
-        levels = _levels(self.model.graph, {item.node for item in self.items})
+        levels = levels_of(self.model.graph, {item.node for item in self.items})
         ordered = sorted(self.layers, key=lambda item: levels[item.node])
         for _, level in itertools.groupby(ordered, key=lambda item: levels[item.node]):
             block: list[Weighted] = []
@@ -197,17 +198,18 @@ class _Work:
 
     def correct(self, item: Weighted, halves: tuple[Moments, ...]) -> None:
         layer = self.layers[item]
-        place = _bias_place(item.node)
-        bias = _own_bias(layer)
+        place = bias_place(item.node)
+        bias = own_bias(layer)
         free = self.chosen.bias and place is not None
         weight = constant_array(layer.weight)
         assert weight is not None
         matrix = layer.matrix(weight)
+        zeros = zeros_to_keep(matrix)
         fixed = None if free else bias
         both = halves[0] if len(halves) == 1 else halves[0].union(halves[1])
         if len(halves) == 2:
             if layer.shape[1] <= MAX_INPUTS and min(half.rows for half in halves):
-                solved = reconstruct((halves[0], halves[1]), matrix, fixed)
+                solved = reconstruct((halves[0], halves[1]), matrix, fixed, zeros)
                 self.changed["weights"] += solved is not matrix
                 matrix = solved
             else:
@@ -247,7 +249,8 @@ class _Work:
         low, high = integer_range(item.spec.dtype)
         scale = np.broadcast_to(spread(affine.scale, nearest.shape, item.spec), nearest.shape)
         limits = max(low, middle - (high - middle)) - middle, high - middle
-        found = adaround(moments, matrix, bias, layer.matrix(scale), limits)
+        zeros = zeros_to_keep(matrix)
+        found = adaround(moments, matrix, bias, layer.matrix(scale), limits, zeros=zeros)
         integers = layer.restore(found + middle).astype(nearest.dtype)
         self.changed["rounding"] += not np.array_equal(integers, nearest)
         return integers
@@ -285,7 +288,7 @@ class _Work:
         return (text, *more)
 
 
-def _bias_place(node: ir.Node) -> tuple[ir.Node, int] | None:
+def bias_place(node: ir.Node) -> tuple[ir.Node, int] | None:
     """Where a constant is added to the node's result: its bias, or an Add behind it."""
     if len(node.inputs) > 2 and constant_tensor(node.inputs[2]) is not None:
         return node, 2
@@ -301,7 +304,7 @@ def _bias_place(node: ir.Node) -> tuple[ir.Node, int] | None:
     return None
 
 
-def _own_bias(layer: LinearLayer) -> np.ndarray:
+def own_bias(layer: LinearLayer) -> np.ndarray:
     """The bias that the layer's own result has in it, zeros where it has none."""
     groups, _, out = layer.shape
     array = constant_array(layer.bias)

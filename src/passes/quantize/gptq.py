@@ -21,6 +21,7 @@ def gptq(
     *,
     damping: float = 0.01,
     act_order: bool = True,
+    zeros: np.ndarray | None = None,
 ) -> Codes:
     """Codes of `matrix` [in, out] that keep the products with inputs of second moments [in, in].
 
@@ -30,7 +31,7 @@ def gptq(
     `damping` times the mean of the diagonal is added to it. `act_order` takes the inputs of largest
     second moment first; the grid is then that of the matrix as given, since blocks are of
     neighbouring rows; without it each block's grid is chosen when its turn comes. Grids are those
-    of least error weighed by the diagonal.
+    of least error weighed by the diagonal. Where the mask `zeros` says the code is that of zero.
     """
     depth, out = matrix.shape
     work = np.array(matrix, np.float64)
@@ -41,7 +42,7 @@ def gptq(
     ridge = damping * float(np.mean(np.diag(moments)))
     moments[np.arange(depth), np.arange(depth)] += max(ridge, 1e-12)
     order = np.argsort(-diagonal, kind="stable") if act_order else np.arange(depth)
-    upper = _factor(moments[np.ix_(order, order)])
+    upper = inverse_factor(moments[np.ix_(order, order)])
     importance = np.where(dead, 0.0, diagonal) + ridge
     size, blocks = grid.size(depth), grid.blocks(depth)
     scale = np.empty((blocks, out), np.float32)
@@ -50,8 +51,9 @@ def gptq(
         scale, zero = best_range(
             block_rows(matrix, grid), grid, block_rows(importance[:, None], grid)[..., 0]
         )
-        scales, zeros = spread(scale, grid, depth)[order], spread(zero, grid, depth)[order]
+        scales, points = spread(scale, grid, depth)[order], spread(zero, grid, depth)[order]
     work = work[order]
+    kept = None if zeros is None else zeros[order]
     codes = np.empty((depth, out), np.uint8)
     for start in range(0, depth, _LAZY):
         stop = min(depth, start + _LAZY)
@@ -69,9 +71,11 @@ def gptq(
                     importance[None, rows],
                 )
                 scale[i // size], zero[i // size] = found[0][0], found[1][0]
-            s, z = (scales[i], zeros[i]) if act_order else (scale[i // size], zero[i // size])
+            s, z = (scales[i], points[i]) if act_order else (scale[i // size], zero[i // size])
             row = work[i]
             code = np.clip(np.rint(row / s) + z, 0, grid.levels)
+            if kept is not None:
+                code = np.where(kept[i], z, code)
             codes[i] = code
             error = (row - (code - z) * s) / upper[i, i]
             errors[i - start] = error
@@ -82,7 +86,7 @@ def gptq(
     return Codes(grid, back, scale, zero)
 
 
-def _factor(moments: np.ndarray) -> np.ndarray:
+def inverse_factor(moments: np.ndarray) -> np.ndarray:
     """The upper triangular U with U'U the inverse."""
     inverse = np.linalg.inv(moments)
     upper: np.ndarray = np.linalg.cholesky((inverse + inverse.T) / 2).T

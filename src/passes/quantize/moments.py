@@ -17,8 +17,8 @@ from .layers import LinearLayer
 class Moments:
     """Sums over rows of a layer's inputs x (as quantized) and results y (as in float).
 
-    float64, [groups, ...]: `xx` of x'x, `xy` of x'y, `x` and `y` of themselves. `products=False`
-    leaves out the first two, for who needs means only.
+    float64, [groups, ...]: `xx` of x'x, `xy` of x'y, `x` and `y` of themselves, `squares` of x^2.
+    `products=False` leaves out the first two, for who needs means only.
     """
 
     def __init__(self, layer: LinearLayer, *, products: bool = True) -> None:
@@ -27,6 +27,7 @@ class Moments:
         self.rows = 0
         self.x = np.zeros((groups, size))
         self.y = np.zeros((groups, out))
+        self.squares = np.zeros((groups, size))
         self.xx = np.zeros((groups, size, size)) if products else None
         self.xy = np.zeros((groups, size, out)) if products else None
 
@@ -43,6 +44,7 @@ class Moments:
             inputs, outputs = self.layer.inputs(x, chunk), self.layer.outputs(y, chunk)
             self.x += inputs.sum(axis=1, dtype=np.float64)
             self.y += outputs.sum(axis=1, dtype=np.float64)
+            self.squares += np.einsum("gri,gri->gi", inputs, inputs)
             if self.xx is not None and self.xy is not None:
                 self.xx += inputs.swapaxes(1, 2) @ inputs
                 self.xy += inputs.swapaxes(1, 2) @ outputs
@@ -52,6 +54,7 @@ class Moments:
         """Both sets of rows together."""
         both = Moments(self.layer, products=False)
         both.rows, both.x, both.y = self.rows + other.rows, self.x + other.x, self.y + other.y
+        both.squares = self.squares + other.squares
         if self.xx is not None and other.xx is not None:
             both.xx = self.xx + other.xx
         if self.xy is not None and other.xy is not None:

@@ -21,13 +21,15 @@ def refine(
     *,
     damping: float = 0.01,
     rounds: int = 3,
+    zeros: np.ndarray | None = None,
 ) -> Codes:
     """Codes of less error in the products with inputs of second moments [in, in].
 
     Each round fits the scales of every column to its codes by least squares, then takes one input
     after the other and gives it the code that is best with all others as they are: Behdin et al.,
     "QuantEase: Optimization-based Quantization for Language Models" (2023), algorithm 1. `damping`
-    is as for `gptq`. Where a round does not lower the error, the codes before it are returned.
+    and `zeros` are as for `gptq`. Where a round does not lower the error, the codes before it are
+    returned.
     """
     moments = np.array(moments, np.float64)
     ridge = max(damping * float(np.mean(np.diag(moments))), 1e-12)
@@ -35,7 +37,7 @@ def refine(
     wanted = np.asarray(matrix, np.float64)
     least = _loss(wanted, moments, codes)
     for _ in range(rounds):
-        tried = _descend(wanted, moments, _refit(wanted, moments, codes))
+        tried = _descend(wanted, moments, _refit(wanted, moments, codes), zeros)
         loss = _loss(wanted, moments, tried)
         if not loss < least:
             break
@@ -70,7 +72,9 @@ def _refit(wanted: np.ndarray, moments: np.ndarray, codes: Codes) -> Codes:
     return Codes(grid, codes.codes, np.where(usable, scale, codes.scale), codes.zero)
 
 
-def _descend(wanted: np.ndarray, moments: np.ndarray, codes: Codes) -> Codes:
+def _descend(
+    wanted: np.ndarray, moments: np.ndarray, codes: Codes, zeros: np.ndarray | None
+) -> Codes:
     """One pass over the inputs, each given its best code with the others as they are."""
     grid, depth = codes.grid, len(wanted)
     scale = spread(codes.scale, grid, depth).astype(np.float64)
@@ -85,6 +89,8 @@ def _descend(wanted: np.ndarray, moments: np.ndarray, codes: Codes) -> Codes:
             now = wanted[i] - error[i] + pull[at] / moments[i, i]
             code = np.clip(np.rint(now / scale[i]) + zero[i], 0, grid.levels)
             chosen[i] = code
+            if zeros is not None:
+                code = np.where(zeros[i], zero[i], code)
             moved = wanted[i] - (code - zero[i]) * scale[i] - error[i]
             error[i] += moved
             pull[at + 1 :] += moments[i + 1 : rows.stop, i, None] * moved

@@ -23,6 +23,7 @@ from .hqq import hqq
 from .packed import tensor_matrix
 from .refine import refine
 from .weight_choice import StoredWeight
+from .zeros import zeros_to_keep
 
 _BUDGET = 1 << 29
 """Bytes of second moments that are held at a time."""
@@ -110,8 +111,9 @@ def _codes(matrix: np.ndarray, grid: Grid, options: Rounding, moments: np.ndarra
         return clipped(matrix, grid)
     if method is Method.AWQ:
         return clipped(matrix, grid, np.diag(moments))
-    found = gptq(matrix, moments, grid, damping=options.damping, act_order=options.act_order)
-    return refine(matrix, moments, found, damping=options.damping, rounds=options.rounds)
+    zeros, damping = zeros_to_keep(matrix), options.damping
+    found = gptq(matrix, moments, grid, damping=damping, act_order=options.act_order, zeros=zeros)
+    return refine(matrix, moments, found, damping=damping, rounds=options.rounds, zeros=zeros)
 
 
 # --- second moments ----------------------------------------------------------------------------
