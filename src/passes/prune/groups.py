@@ -9,12 +9,24 @@ through any layout. Not here: what is unimportant (`importance`), removing it (`
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from ...ir.graph import node_name, node_subgraphs, static_shape
+from ...ir.shapes import infer_shapes
+from . import rules, rules_movement, rules_norms, rules_recurrent
+from .flow import RULES, Flow, View
+from .labels import Labels, Track
+from .resolve import Resolved, mixed, resolve
 
-@dataclasses.dataclass(frozen=True)
+assert rules_movement and rules_norms and rules_recurrent  # they register their rules
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Site:
     """A parameter that a group's units run through.
 
@@ -34,7 +46,7 @@ class Site:
     units: np.ndarray
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Group:
     """Units of one kind: each is a channel, a head, a dimension of a head or a hidden unit.
 
@@ -43,7 +55,7 @@ class Group:
     `cluster` (groups of a convolution, heads of an attention); one row where units are free.
     `multiple` is how many channels one unit is (2 for rotary pairs, the factor for grouped queries).
     `parameters` is how many weights one unit holds, consumers' included. `blocked` says why it
-    can't be pruned, or is empty.
+    can't be pruned, or is empty; `wish` names the option that would allow it, if one would.
     """
 
     name: str
@@ -55,6 +67,7 @@ class Group:
     multiple: int = 1
     parameters: int = 0
     blocked: str = ""
+    wish: str = ""
 
     @property
     def producers(self) -> tuple[Site, ...]:
@@ -65,3 +78,247 @@ class Group:
     def consumers(self) -> tuple[Site, ...]:
         """Where they are summed over: the layers whose weights can make up for a loss."""
         return tuple(site for site in self.sites if site.role == "in")
+
+
+class Groups(Sequence[Group]):
+    """The groups of one model, blocked ones included, in graph order.
+
+    `flow` and `resolved` are what `remove` needs. `reach` is the share of the parameters that a
+    group which is not blocked holds.
+    """
+
+    def __init__(self, flow: Flow, resolved: Resolved) -> None:
+        self.flow = flow
+        self.resolved = resolved
+        self._units: list[np.ndarray] = []
+        self._groups = _read(flow, resolved, self._units)
+        self.reach = _reach(flow, resolved)
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._groups[index]
+
+    def __iter__(self) -> Iterator[Group]:
+        return iter(self._groups)
+
+    @property
+    def free(self) -> list[Group]:
+        """Those that can be pruned."""
+        return [g for g in self._groups if not g.blocked]
+
+    def labels_of(self, chosen: Mapping[Group, Sequence[int]]) -> np.ndarray:
+        """A mask over all labels: which go when these units of these groups go."""
+        gone = np.zeros(len(self.resolved.root), bool)
+        for i, group in enumerate(self._groups):
+            if group in chosen:
+                gone[self._units[i][np.asarray(chosen[group], np.int64)]] = True
+        mask: np.ndarray = gone[self.resolved.root]
+        return mask
+
+
+def find_groups(model: ir.Model, *, heads: bool = False, widths: bool = False) -> Groups:
+    """The dependency groups of a model, which is not changed apart from inferred shapes.
+
+    With `heads`, heads of attentions are units; otherwise dimensions inside them are, as many of
+    each head. `widths` lets go of channels that LayerNormalization takes statistics over.
+
+    Raises:
+        ShapeError: the model's shapes contradict each other.
+    """
+    labels = Labels(whole_heads=heads)
+    flow = Flow(labels, infer_shapes(model, mend=True), widths=widths)
+    _walk(flow, model.graph)
+    for output in model.graph.outputs:
+        flow.block(output, f"it is the output {output.name!r} of the model")
+    _forget_unused(flow)
+    joint = [t.ids for tracks in flow.tracks.values() for t in tracks if t.ids.ndim > 1]
+    joint += [t.ids for v in flow.views.values() for t in v.tracks if t.ids.ndim > 1]
+    return Groups(flow, resolve(labels, joint))
+
+
+def _forget_unused(flow: Flow) -> None:
+    """Drop labels along axes of parameters that no rule asked for (taps of a kernel)."""
+    met = np.zeros(flow.labels.count, bool)
+    for pair in flow.labels.pairs:
+        for ids in pair:
+            met[ids] = True
+    for value, tracks in flow.tracks.items():
+        if not value.is_initializer():
+            for track in tracks:
+                met[track.ids] = True
+    for value, tracks in flow.tracks.items():
+        if value.is_initializer():
+            flow.tracks[value] = tuple(t for t in tracks if met[t.ids].any())
+
+
+def _walk(flow: Flow, graph: ir.Graph) -> None:
+    for node in graph:
+        subgraphs = list(node_subgraphs(node))
+        if subgraphs:
+            _control(flow, node, subgraphs)
+            continue
+        domain = "" if node.domain == "ai.onnx" else node.domain
+        RULES.get((domain, node.op_type), rules.default)(flow, node)
+
+
+def _control(flow: Flow, node: ir.Node, subgraphs: Sequence[ir.Graph]) -> None:
+    """Branches of an If are followed; what enters or leaves a loop keeps its size."""
+    for graph in subgraphs:
+        if node.op_type != "If":
+            for value in _captured(graph):
+                flow.block(value, f"it is used inside the {node.op_type} {node_name(node)!r}")
+        _walk(flow, graph)
+    for value in node.inputs:
+        flow.block(value, f"it enters the {node.op_type} {node_name(node)!r}")
+    for i, output in enumerate(node.outputs):
+        branches = [g.outputs[i] for g in subgraphs if i < len(g.outputs)]
+        rank = len(output.shape) if output.shape is not None else -1
+        even = node.op_type == "If" and all(
+            b.shape is not None and len(b.shape) == rank for b in branches
+        )
+        if even:
+            flow.put(output, flow.merge([flow.operand(b, rank) for b in branches], node))
+            continue
+        for branch in branches:
+            flow.block(branch, f"it leaves the {node.op_type} {node_name(node)!r}")
+        flow.put(output, ())
+
+
+def _captured(graph: ir.Graph) -> Iterator[ir.Value]:
+    """Values of outer graphs that a subgraph's nodes read."""
+    inner = {v for node in graph.all_nodes() for v in node.outputs}
+    inner |= {v for v in graph.inputs}
+    for node in graph.all_nodes():
+        yield from (v for v in node.inputs if v is not None and v not in inner)
+
+
+# --- reading groups off ------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slot:
+    """One track of one parameter: the roots along it, and how many elements a position has."""
+
+    weight: ir.Value
+    roots: np.ndarray
+    elements: int
+
+
+def parameter_tracks(flow: Flow) -> Iterator[tuple[ir.Value, tuple[int, ...], tuple[Track, ...]]]:
+    """Each parameter with tracks, the shape they are on, and them."""
+    for value, tracks in flow.tracks.items():
+        view: View | None = flow.views.get(value)
+        shape = static_shape(value)
+        if view is not None:
+            yield value, view.shape, view.tracks
+        elif value.is_initializer() and tracks and shape is not None:
+            yield value, shape, tracks
+
+
+def _slots(flow: Flow, resolved: Resolved) -> Iterator[_Slot]:
+    for value, shape, tracks in parameter_tracks(flow):
+        for track in tracks:
+            yield _Slot(value, resolved.root[track.ids], math.prod(shape) // track.ids.size)
+
+
+def _read(flow: Flow, resolved: Resolved, units: list[np.ndarray]) -> list[Group]:
+    count = len(resolved.root)
+    key = np.zeros(count, np.uint64)
+    weight = np.zeros(count, np.int64)
+    for number, slot in enumerate(_slots(flow, resolved)):
+        roots, times = np.unique(slot.roots, return_counts=True)
+        np.add.at(key, roots, mixed(times.astype(np.uint64) + np.uint64((number + 1) << 32)))
+        weight[roots] += times * slot.elements
+    found = np.flatnonzero(key)
+    state = np.stack([key[found], resolved.blocked[found].astype(np.uint64)])
+    state = np.vstack([state, (resolved.cluster[found] + 1).astype(np.uint64)])
+    _, number = np.unique(state, axis=1, return_inverse=True)
+    number = number.reshape(-1)
+    order = np.argsort(number, kind="stable")
+    members = np.split(found[order], np.flatnonzero(np.diff(number[order])) + 1) if found.size else []
+    members.sort(key=lambda roots: int(roots[0]))
+    owner = np.full(count, -1, np.int64)
+    index = np.zeros(count, np.int64)
+    for i, roots in enumerate(members):
+        owner[roots] = i
+        index[roots] = np.arange(len(roots))
+    sites = _sites(flow, resolved, owner, index, len(members))
+    groups = []
+    for i, roots in enumerate(members):
+        groups.append(_group(flow, resolved, roots, sites[i], int(weight[roots[0]])))
+        units.append(roots)
+    return groups
+
+
+def _sites(
+    flow: Flow, resolved: Resolved, owner: np.ndarray, index: np.ndarray, count: int
+) -> list[list[Site]]:
+    sites: list[list[Site]] = [[] for _ in range(count)]
+    for use in flow.uses:
+        roots = resolved.root[use.ids]
+        for number in np.unique(owner[roots]):
+            if number >= 0:
+                units = np.where(owner[roots] == number, index[roots], -1)
+                sites[number].append(Site(use.node, use.weight, use.role, units))
+    return sites
+
+
+def _group(
+    flow: Flow, resolved: Resolved, roots: np.ndarray, sites: Sequence[Site], parameters: int
+) -> Group:
+    reason, wish = resolved.reasons[resolved.blocked[roots[0]]]
+    rows = resolved.row[roots]
+    in_rows = bool((rows >= 0).all())
+    names, rows = np.unique(rows, return_inverse=True)
+    made = [s for s in sites if s.role in ("out", "table", "state")]
+    first = made[0] if made else sites[0] if sites else None
+    multiple = int((first.units == 0).sum()) if first is not None else 1
+    return Group(
+        name=node_name(first.node) if first is not None else "",
+        kind=_kind(flow, first, in_rows),
+        size=len(roots),
+        rows=rows.reshape(-1) if in_rows else np.zeros(len(roots), np.int64),
+        cluster=int(resolved.cluster[roots[0]]) if in_rows else -1 - int(roots[0]),
+        sites=tuple(sites),
+        multiple=max(1, multiple),
+        parameters=parameters,
+        blocked=reason,
+        wish=wish,
+    )
+
+
+def _kind(flow: Flow, first: Site | None, in_rows: bool) -> str:
+    if first is None:
+        return "features"
+    if first.role == "state":
+        return "hidden units"
+    if first.role == "table":
+        return "embedding dimensions"
+    if first.node.op_type.startswith("Conv"):
+        return "channels"
+    if in_rows:
+        return "head dimensions"
+    return "features"
+
+
+def _reach(flow: Flow, resolved: Resolved) -> float:
+    """The share of parameters that at least one free label holds."""
+    total = reached = 0
+    known = set()
+    for value, shape, tracks in parameter_tracks(flow):
+        held = np.zeros([1] * len(shape), bool)
+        for track in tracks:
+            free = resolved.blocked[resolved.root[track.ids]] == 0
+            order = np.argsort(track.axes)
+            free = free.transpose(order)
+            missing = [a for a in range(len(shape)) if a not in track.axes]
+            held = held | np.expand_dims(free, tuple(missing))
+        reached += int(np.broadcast_to(held, shape).mean() * math.prod(shape) + 0.5)
+        known.add(value)
+    for graph in {v.graph for v in known if v.graph is not None}:
+        for value in graph.initializers.values():
+            if (value.dtype is not None and value.dtype.is_floating_point()) or value in known:
+                total += math.prod(static_shape(value) or (0,))
+    return reached / total if total else 0.0

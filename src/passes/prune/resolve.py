@@ -1,0 +1,163 @@
+"""From labels to groups: which labels are one, which may go, and which are alike.
+
+Not here: how labels are united (`labels`, `rules`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from .labels import Labels
+
+
+def components(count: int, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """The least label that each label is connected with.
+
+    Labels hand their least neighbour on, and pointers are halved after every round.
+    """
+    root = np.arange(count)
+    if not pairs:
+        return root
+    a = np.concatenate([p[0] for p in pairs])
+    b = np.concatenate([p[1] for p in pairs])
+    apart = a != b
+    a, b = a[apart], b[apart]
+    while a.size:
+        x, y = root[a], root[b]
+        least = np.minimum(x, y)
+        np.minimum.at(root, x, least)
+        np.minimum.at(root, y, least)
+        while True:
+            halved = root[root]
+            if (halved == root).all():
+                break
+            root = halved
+        apart = root[a] != root[b]
+        a, b = a[apart], b[apart]
+    return root
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolved:
+    """By label: its root. By root: why it is blocked (index into `reasons`, 0 is not), its row
+    (-1: none), and the cluster of rows that stay equally long (-1: none).
+    """
+
+    root: np.ndarray
+    blocked: np.ndarray
+    reasons: list[tuple[str, str]]
+    row: np.ndarray
+    cluster: np.ndarray
+
+
+def resolve(labels: Labels, extra_rows: Sequence[np.ndarray]) -> Resolved:
+    """What all that was united, blocked and balanced comes to."""
+    pairs = list(labels.pairs)
+    root = components(labels.count, pairs)
+    whole = []
+    for stems, rows in labels.stems:
+        one = (root[rows] == root[rows[:, :1]]).all(axis=1)
+        if one.any():
+            whole.append((stems[one], rows[one, 0]))
+    if whole:
+        root = components(labels.count, [*pairs, *whole])
+    reasons: list[tuple[str, str]] = [("", "")]
+    blocked = np.zeros(labels.count, np.int32)
+    for ids, reason, wish in labels.blocks:
+        reasons.append((reason, wish))
+        roots = root[ids]
+        # what no option allows is said first
+        mild = np.array([bool(w) for _, w in reasons])
+        free = (blocked[roots] == 0) | (mild[blocked[roots]] & (not wish))
+        blocked[roots[free]] = len(reasons) - 1
+    constraints = _constraints(root, [*labels.rows, *extra_rows])
+    row, cluster = _cells(labels.count, constraints, blocked, reasons)
+    return Resolved(root, blocked, reasons, row, cluster)
+
+
+def _constraints(root: np.ndarray, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Distinct matrices of roots [rows, positions] whose rows must stay equally long."""
+    found: dict[bytes, np.ndarray] = {}
+    for ids in rows:
+        roots = _stripped(root[ids])
+        if roots.ndim < 2:
+            continue
+        matrix = roots.reshape(-1, roots.shape[-1])
+        matrix = np.unique(np.sort(matrix, axis=1), axis=0)
+        if len(matrix) > 1:
+            found.setdefault(matrix.tobytes() + str(matrix.shape).encode(), matrix)
+    return list(found.values())
+
+
+def _stripped(roots: np.ndarray) -> np.ndarray:
+    """Without axes along which all is one."""
+    for axis in reversed(range(roots.ndim)):
+        if bool((roots == roots.take([0], axis)).all()):
+            roots = roots.take(0, axis)
+    return roots
+
+
+def _cells(
+    count: int,
+    constraints: Sequence[np.ndarray],
+    blocked: np.ndarray,
+    reasons: list[tuple[str, str]],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of all constraints cut into cells, and clusters of cells that stay equally long."""
+    row = np.full(count, -1, np.int64)
+    cluster = np.full(count, -1, np.int64)
+    if not constraints:
+        return row, cluster
+    key = np.zeros(count, np.uint64)
+    links = []
+    uneven: list[np.ndarray] = []
+    for number, matrix in enumerate(constraints):
+        places = np.repeat(np.arange(len(matrix)), matrix.shape[1])
+        pair, times = np.unique(np.stack([matrix.reshape(-1), places]), axis=1, return_counts=True)
+        salt = mixed(pair[1].astype(np.uint64) + np.uint64((number + 1) << 32))
+        np.add.at(key, pair[0], salt)
+        links.append((pair[0], np.full(pair[0].size, pair[0][0])))
+        if times.min() != times.max():
+            uneven.append(pair[0])
+    bound = np.flatnonzero(key)
+    _, cell = np.unique(key[bound], return_inverse=True)
+    row[bound] = cell.reshape(-1)
+    group = components(count, links)
+    cluster[bound] = group[bound]
+    for members in uneven:
+        _block(blocked, reasons, members, "channels are used unevenly by the rows they are in")
+    for number in np.unique(cluster[bound]):
+        members = bound[cluster[bound] == number]
+        sizes = np.bincount(row[members])
+        sizes = sizes[sizes > 0]
+        stuck = blocked[members]
+        if sizes.min() != sizes.max():
+            _block(blocked, reasons, members, "rows of different lengths depend on one another")
+        elif stuck.any():
+            reason, wish = reasons[stuck[stuck > 0][0]]
+            _block(blocked, reasons, members[stuck == 0], reason, wish)
+    return row, cluster
+
+
+def _block(
+    blocked: np.ndarray,
+    reasons: list[tuple[str, str]],
+    roots: np.ndarray,
+    reason: str,
+    wish: str = "",
+) -> None:
+    reasons.append((reason, wish))
+    blocked[roots[blocked[roots] == 0]] = len(reasons) - 1
+
+
+def mixed(values: np.ndarray) -> np.ndarray:
+    """Integers spread over 64 bits (Steele et al. 2014, the finalizer of SplitMix64)."""
+    with np.errstate(over="ignore"):
+        x = values + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        mixed: np.ndarray = x ^ (x >> np.uint64(31))
+        return mixed
