@@ -37,7 +37,9 @@ from .passes.fuse.talking_heads import MixedHeads
 from .passes.fuse.tidy import Tidy
 from .passes.legalize import Legalize
 from .passes.lower.attention import AttentionForms
+from .passes.lower.pack_zeros import PackZeros
 from .passes.lower.runtime_forms import RuntimeForms
+from .passes.prune.sparsify import Sparsify
 from .passes.registry import find_pass
 from .passes.spec import PassSpec, build_pass, parse_specs
 
@@ -115,7 +117,8 @@ def parse_recipe(text: str) -> list[Pass]:
     """The passes that a recipe means, sorted by stage; legalization is not among them.
 
     One item, or several joined by `+` (`prune50+int8`), is a whole pipeline: cleanup and fuse come
-    first. A list with commas is taken as written: `cleanup,my_pass{x=1},int8`.
+    first, and the zeros that `sparsify` makes are packed at the end. A list with commas is taken as
+    written: `cleanup,my_pass{x=1},int8`.
 
     Raises:
         UnknownPassError: no such recipe, group or pass.
@@ -133,6 +136,9 @@ def parse_recipe(text: str) -> list[Pass]:
         passes += [cls() for group in GROUPS.values() for cls in group]
     for spec in specs:
         passes += _expand(spec)
+    if whole and not any(isinstance(item, PackZeros) for item in passes):
+        shares = [item.share for item in passes if isinstance(item, Sparsify)]
+        passes += [PackZeros(assumed=share) for share in shares[-1:]]
     return sort_by_stage(_without_repeats(passes))
 
 

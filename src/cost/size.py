@@ -243,6 +243,9 @@ def _weight_elements(value: ir.Value) -> int:
     if packed:  # two 4-bit weights to a byte; the other inputs are scales and zero points
         node = packed[0].node
         return int(attribute(node, "K", 0)) * int(attribute(node, "N", 0)) * (packed[0].idx == 1)
+    if uses and all(is_onnx_op(use.node, "BitShift") for use in uses):
+        # places of eight codes to a byte; a bit for each element says which of them are there
+        return dims[0] * 8 if len(dims) == 3 else 0
     if uses and all(is_qdq(use.node) for use in uses):
         return elements if any(use.idx == 0 for use in uses) else 0
     if dtype in (ir.DataType.STRING, ir.DataType.BOOL):
