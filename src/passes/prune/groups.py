@@ -23,7 +23,7 @@ from .flow import RULES, Flow, View
 from .labels import Labels, Track
 from .resolve import Resolved, mixed, resolve
 
-assert rules_movement and rules_norms and rules_recurrent  # they register their rules
+RULE_MODULES = (rules, rules_movement, rules_norms, rules_recurrent)  # they register their rules
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,7 +53,7 @@ class Group:
     `name` is that of the first node that computes them. `size` counts units. `rows` gives each
     unit's row: as many units must stay in one row as in every other row of the groups of the same
     `cluster` (groups of a convolution, heads of an attention); one row where units are free.
-    `multiple` is how many channels one unit is (2 for rotary pairs, the factor for grouped queries).
+    `multiple` is how many channels one unit is (2 for rotary pairs).
     `parameters` is how many weights one unit holds, consumers' included. `blocked` says why it
     can't be pruned, or is empty; `wish` names the option that would allow it, if one would.
     """
@@ -118,16 +118,17 @@ class Groups(Sequence[Group]):
         return mask
 
 
-def find_groups(model: ir.Model, *, heads: bool = False, widths: bool = False) -> Groups:
+def find_groups(model: ir.Model, *, heads: str = "auto", widths: bool = False) -> Groups:
     """The dependency groups of a model, which is not changed apart from inferred shapes.
 
-    With `heads`, heads of attentions are units; otherwise dimensions inside them are, as many of
-    each head. `widths` lets go of channels that LayerNormalization takes statistics over.
+    `heads` says what the units of an attention are: "whole" heads, "dimensions" inside them (as
+    many of each head), or "auto": dimensions where they may go, and heads where not. `widths` lets
+    go of channels that LayerNormalization takes statistics over.
 
     Raises:
         ShapeError: the model's shapes contradict each other.
     """
-    labels = Labels(whole_heads=heads)
+    labels = Labels()
     flow = Flow(labels, infer_shapes(model, mend=True), widths=widths)
     _walk(flow, model.graph)
     for output in model.graph.outputs:
@@ -135,7 +136,7 @@ def find_groups(model: ir.Model, *, heads: bool = False, widths: bool = False) -
     _forget_unused(flow)
     joint = [t.ids for tracks in flow.tracks.values() for t in tracks if t.ids.ndim > 1]
     joint += [t.ids for v in flow.views.values() for t in v.tracks if t.ids.ndim > 1]
-    return Groups(flow, resolve(labels, joint))
+    return Groups(flow, resolve(labels, joint, heads))
 
 
 def _forget_unused(flow: Flow) -> None:
@@ -167,8 +168,8 @@ def _control(flow: Flow, node: ir.Node, subgraphs: Sequence[ir.Graph]) -> None:
     """Branches of an If are followed; what enters or leaves a loop keeps its size."""
     for graph in subgraphs:
         if node.op_type != "If":
-            for value in _captured(graph):
-                flow.block(value, f"it is used inside the {node.op_type} {node_name(node)!r}")
+            for captured in _captured(graph):
+                flow.block(captured, f"it is used inside the {node.op_type} {node_name(node)!r}")
         _walk(flow, graph)
     for value in node.inputs:
         flow.block(value, f"it enters the {node.op_type} {node_name(node)!r}")
@@ -189,7 +190,7 @@ def _control(flow: Flow, node: ir.Node, subgraphs: Sequence[ir.Graph]) -> None:
 def _captured(graph: ir.Graph) -> Iterator[ir.Value]:
     """Values of outer graphs that a subgraph's nodes read."""
     inner = {v for node in graph.all_nodes() for v in node.outputs}
-    inner |= {v for v in graph.inputs}
+    inner |= set(graph.inputs)
     for node in graph.all_nodes():
         yield from (v for v in node.inputs if v is not None and v not in inner)
 
@@ -227,22 +228,23 @@ def _read(flow: Flow, resolved: Resolved, units: list[np.ndarray]) -> list[Group
     count = len(resolved.root)
     key = np.zeros(count, np.uint64)
     weight = np.zeros(count, np.int64)
-    for number, slot in enumerate(_slots(flow, resolved)):
+    for place, slot in enumerate(_slots(flow, resolved)):
         roots, times = np.unique(slot.roots, return_counts=True)
-        np.add.at(key, roots, mixed(times.astype(np.uint64) + np.uint64((number + 1) << 32)))
+        np.add.at(key, roots, mixed(times.astype(np.uint64) + np.uint64((place + 1) << 32)))
         weight[roots] += times * slot.elements
     found = np.flatnonzero(key)
     state = np.stack([key[found], resolved.blocked[found].astype(np.uint64)])
     state = np.vstack([state, (resolved.cluster[found] + 1).astype(np.uint64)])
-    _, number = np.unique(state, axis=1, return_inverse=True)
-    number = number.reshape(-1)
+    number = np.unique(state, axis=1, return_inverse=True)[1].reshape(-1)
     order = np.argsort(number, kind="stable")
-    members = np.split(found[order], np.flatnonzero(np.diff(number[order])) + 1) if found.size else []
+    members = (
+        np.split(found[order], np.flatnonzero(np.diff(number[order])) + 1) if found.size else []
+    )
     members.sort(key=lambda roots: int(roots[0]))
     owner = np.full(count, -1, np.int64)
     index = np.zeros(count, np.int64)
-    for i, roots in enumerate(members):
-        owner[roots] = i
+    for place, roots in enumerate(members):
+        owner[roots] = place
         index[roots] = np.arange(len(roots))
     sites = _sites(flow, resolved, owner, index, len(members))
     groups = []
@@ -271,7 +273,7 @@ def _group(
     reason, wish = resolved.reasons[resolved.blocked[roots[0]]]
     rows = resolved.row[roots]
     in_rows = bool((rows >= 0).all())
-    names, rows = np.unique(rows, return_inverse=True)
+    rows = np.unique(rows, return_inverse=True)[1]
     made = [s for s in sites if s.role in ("out", "table", "state")]
     first = made[0] if made else sites[0] if sites else None
     multiple = int((first.units == 0).sum()) if first is not None else 1

@@ -38,8 +38,7 @@ class Track:
 class Labels:
     """Allots labels, and remembers what was united and blocked."""
 
-    def __init__(self, *, whole_heads: bool) -> None:
-        self.whole_heads = whole_heads
+    def __init__(self) -> None:
         self.count = 0
         self.pairs: list[tuple[np.ndarray, np.ndarray]] = []
         self.blocks: list[tuple[np.ndarray, str, str]] = []
@@ -85,13 +84,17 @@ class Labels:
     def stem(self, stems: np.ndarray, rows: np.ndarray) -> None:
         """`stems[i]` goes exactly when all of `rows[i]` go: a head, and its dimensions.
 
-        Heads are removed whole, or never: then what is inside them may be.
+        Which of the two may be removed is decided in the end (`resolve`).
         """
         self.stems.append((stems.reshape(-1), rows.reshape(stems.size, -1)))
-        if self.whole_heads:
-            self.unite(rows.reshape(stems.size, -1), stems.reshape(-1, 1))
-        else:
-            self.block(stems, "heads stay whole: dimensions inside them are removed", "heads")
+
+    def hold(self, track: Track, axes: Sequence[int], reason: str) -> None:
+        """Positions along outer `axes` of the tensor stay; what is inside of them may go."""
+        kept = [i for i, a in enumerate(track.axes) if a in axes]
+        rest = [i for i in range(track.ids.ndim) if i not in kept]
+        stems = self.new(*(track.ids.shape[i] for i in kept))
+        self.block(stems, reason)
+        self.stem(stems, track.ids.transpose([*kept, *rest]))
 
     # --- motions -------------------------------------------------------------------------------
 
@@ -155,7 +158,7 @@ def merge(labels: Labels, operands: Sequence[Operand], where: str) -> tuple[Trac
     found = []
     for cluster in _clusters([t for o in operands for t in o.tracks]):
         reference = max(cluster, key=lambda t: len(t.axes))
-        reason = _misfit(labels, operands, cluster, reference)
+        reason = _misfit(labels, operands, cluster, reference, where)
         if reason:
             labels.block_tracks(cluster, f"{where}: {reason}")
             continue
@@ -174,7 +177,11 @@ def merge(labels: Labels, operands: Sequence[Operand], where: str) -> tuple[Trac
 
 
 def _misfit(
-    labels: Labels, operands: Sequence[Operand], cluster: Sequence[Track], reference: Track
+    labels: Labels,
+    operands: Sequence[Operand],
+    cluster: Sequence[Track],
+    reference: Track,
+    where: str,
 ) -> str:
     """Why the tracks of one cluster can't be united, or nothing."""
     if any(not set(t.axes) <= set(reference.axes) for t in cluster):
@@ -184,13 +191,10 @@ def _misfit(
         loose = [a for a in reference.axes if operand.dims[a] != 1 and a not in own]
         if not loose:
             continue
-        if labels.whole_heads or reference.axes[-1] in loose:
-            return f"meets {operand.what}, which is not followed"
-        # outer positions stay: only what is inside of them may go
-        kept = [reference.axes.index(a) for a in loose]
-        rest = [i for i in range(reference.ids.ndim) if i not in kept]
-        stems = labels.new(*(reference.ids.shape[i] for i in kept))
-        labels.stem(stems, reference.ids.transpose([*kept, *rest]))
+        reason = f"meets {operand.what}, which is not followed"
+        if reference.axes[-1] in loose:
+            return reason
+        labels.hold(reference, loose, f"{where}: {reason}")
     return ""
 
 
@@ -344,7 +348,11 @@ def _same(a: Dim, b: Dim) -> bool:
 
 
 def _reshaped(
-    labels: Labels, track: Track, touched: Sequence[Piece], before: Sequence[Dim], after: Sequence[Dim]
+    labels: Labels,
+    track: Track,
+    touched: Sequence[Piece],
+    before: Sequence[Dim],
+    after: Sequence[Dim],
 ) -> Track | None:
     inputs = [a for ins, _ in touched for a in ins]
     outputs = [a for _, outs in touched for a in outs]

@@ -53,28 +53,54 @@ class Resolved:
     cluster: np.ndarray
 
 
-def resolve(labels: Labels, extra_rows: Sequence[np.ndarray]) -> Resolved:
-    """What all that was united, blocked and balanced comes to."""
+def resolve(labels: Labels, extra_rows: Sequence[np.ndarray], heads: str) -> Resolved:
+    """What all that was united, blocked and balanced comes to.
+
+    `heads`: "whole" removes stems, "dimensions" what is in their rows, "auto" decides for each set
+    of united stems: rows where nothing blocks any of them, else stems.
+    """
+    rows = [*labels.rows, *extra_rows]
+    if heads == "whole":
+        return _resolve(labels, rows, [True] * len(labels.stems))
+    whole = [False] * len(labels.stems)
+    found = _resolve(labels, rows, whole)
+    if heads == "dimensions":
+        return found
+    stuck = np.zeros(labels.count, bool)
+    for stems, members in labels.stems:
+        blocked = found.blocked[found.root[members]] > 0
+        stuck[found.root[stems]] |= bool(blocked.all())
+    whole = [bool(stuck[found.root[stems]].any()) for stems, _ in labels.stems]
+    return _resolve(labels, rows, whole) if any(whole) else found
+
+
+def _resolve(labels: Labels, rows: Sequence[np.ndarray], whole: Sequence[bool]) -> Resolved:
     pairs = list(labels.pairs)
+    blocks = list(labels.blocks)
+    for (stems, members), united in zip(labels.stems, whole, strict=True):
+        if united:
+            pairs.append((stems.repeat(members.shape[1]), members.reshape(-1)))
     root = components(labels.count, pairs)
-    whole = []
-    for stems, rows in labels.stems:
-        one = (root[rows] == root[rows[:, :1]]).all(axis=1)
+    single = []
+    for (stems, members), united in zip(labels.stems, whole, strict=True):
+        if united:
+            continue
+        blocks.append((stems, "heads stay whole: dimensions inside them are removed", "heads"))
+        one = (root[members] == root[members[:, :1]]).all(axis=1)
         if one.any():
-            whole.append((stems[one], rows[one, 0]))
-    if whole:
-        root = components(labels.count, [*pairs, *whole])
+            single.append((stems[one], members[one, 0]))
+    if single:
+        root = components(labels.count, [*pairs, *single])
     reasons: list[tuple[str, str]] = [("", "")]
     blocked = np.zeros(labels.count, np.int32)
-    for ids, reason, wish in labels.blocks:
+    for ids, reason, wish in blocks:
         reasons.append((reason, wish))
         roots = root[ids]
         # what no option allows is said first
         mild = np.array([bool(w) for _, w in reasons])
         free = (blocked[roots] == 0) | (mild[blocked[roots]] & (not wish))
         blocked[roots[free]] = len(reasons) - 1
-    constraints = _constraints(root, [*labels.rows, *extra_rows])
-    row, cluster = _cells(labels.count, constraints, blocked, reasons)
+    row, cluster = _cells(labels.count, _constraints(root, rows), blocked, reasons)
     return Resolved(root, blocked, reasons, row, cluster)
 
 
@@ -112,34 +138,57 @@ def _cells(
     if not constraints:
         return row, cluster
     key = np.zeros(count, np.uint64)
-    links = []
-    uneven: list[np.ndarray] = []
+    memberships = []
     for number, matrix in enumerate(constraints):
         places = np.repeat(np.arange(len(matrix)), matrix.shape[1])
         pair, times = np.unique(np.stack([matrix.reshape(-1), places]), axis=1, return_counts=True)
-        salt = mixed(pair[1].astype(np.uint64) + np.uint64((number + 1) << 32))
-        np.add.at(key, pair[0], salt)
-        links.append((pair[0], np.full(pair[0].size, pair[0][0])))
-        if times.min() != times.max():
-            uneven.append(pair[0])
+        np.add.at(key, pair[0], mixed(pair[1].astype(np.uint64) + np.uint64((number + 1) << 32)))
+        memberships.append((pair[0], pair[1], bool(times.min() == times.max())))
     bound = np.flatnonzero(key)
-    _, cell = np.unique(key[bound], return_inverse=True)
-    row[bound] = cell.reshape(-1)
-    group = components(count, links)
-    cluster[bound] = group[bound]
-    for members in uneven:
-        _block(blocked, reasons, members, "channels are used unevenly by the rows they are in")
+    row[bound] = np.unique(key[bound], return_inverse=True)[1].reshape(-1)
+    sizes = np.bincount(row[bound])
+    kind = _kinds(row, sizes, memberships)
+    cluster[bound] = kind[row[bound]]
+    for members, _, even in memberships:
+        if not even:
+            why = "channels are used unevenly by the rows they are in"
+            _block(blocked, reasons, members, why)
     for number in np.unique(cluster[bound]):
         members = bound[cluster[bound] == number]
-        sizes = np.bincount(row[members])
-        sizes = sizes[sizes > 0]
+        lengths = sizes[row[members]]
         stuck = blocked[members]
-        if sizes.min() != sizes.max():
+        if lengths.min() != lengths.max():
             _block(blocked, reasons, members, "rows of different lengths depend on one another")
         elif stuck.any():
             reason, wish = reasons[stuck[stuck > 0][0]]
             _block(blocked, reasons, members[stuck == 0], reason, wish)
     return row, cluster
+
+
+def _kinds(
+    row: np.ndarray, sizes: np.ndarray, memberships: Sequence[tuple[np.ndarray, np.ndarray, bool]]
+) -> np.ndarray:
+    """Cells of one kind stay equally long: then so do all rows.
+
+    Cells are of one kind when as many of them, equally long, are in the same constraints; where
+    rows of a constraint are made of different kinds, these are one.
+    """
+    key = sizes.astype(np.uint64)
+    cells_of = []
+    for number, (roots, places, _) in enumerate(memberships):
+        pairs = np.unique(np.stack([row[roots], places]), axis=1)
+        cells_of.append(pairs)
+        np.add.at(key, pairs[0], mixed(np.full(pairs.shape[1], (number + 1) << 32, np.uint64)))
+    kind: np.ndarray = np.unique(key, return_inverse=True)[1].reshape(-1)
+    links = []
+    for cells, places in cells_of:
+        made_of = np.zeros((int(places.max()) + 1, int(kind.max()) + 1), np.int32)
+        np.add.at(made_of, (places, kind[cells]), 1)
+        if (made_of != made_of[:1]).any():
+            kinds = np.unique(kind[cells])
+            links.append((kinds, np.full(kinds.size, kinds[0])))
+    found: np.ndarray = components(int(kind.max()) + 1, links)[kind]
+    return found
 
 
 def _block(

@@ -66,7 +66,9 @@ def _mark(flow: Flow, node: ir.Node, value: ir.Value | None, role: str) -> None:
         flow.use(node, value, role, track.ids)
 
 
-def unite_vector(flow: Flow, node: ir.Node, value: ir.Value | None, ids: np.ndarray, role: str) -> None:
+def unite_vector(
+    flow: Flow, node: ir.Node, value: ir.Value | None, ids: np.ndarray, role: str
+) -> None:
     """A parameter [channels] goes with these labels; of any other tensor they are blocked."""
     if value is None:
         return
@@ -124,7 +126,9 @@ def _matrix(
     source, target = flow.at(weight, in_axis), flow.at(weight, out_axis)
     if source is not None and source.ids.ndim == 1:
         if inputs is None:
-            flow.labels.block(source.ids, f"{where_is(node)}: its input's channels are not followed")
+            flow.labels.block(
+                source.ids, f"{where_is(node)}: its input's channels are not followed"
+            )
         else:
             flow.labels.unite(source.ids, inputs)
             flow.use(node, weight, "in", source.ids)
@@ -287,11 +291,9 @@ def _reduce(flow: Flow, node: ir.Node) -> None:
     found = []
     for track in flow.of(data):
         reduced = [a for a in track.axes if a in axes]
-        if reduced and not sums:
-            stays = flow.labels.uniform(track, reduced)
-            if stays is None:
-                continue
-            flow.labels.block(stays.ids, f"{where_is(node)}: takes statistics over channels")
+        # what is left (groups of channels) goes whole: the statistics of others stay
+        if reduced and not sums and flow.labels.uniform(track, reduced) is None:
+            continue
         left = flow.labels.contract(track, axes)
         if left is not None:
             found.append(left)
@@ -347,7 +349,14 @@ def pooling(flow: Flow, node: ir.Node) -> None:
         flow.put(output, [t for t in tracks if t is not None])
 
 
-for _op in ("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "LpPool", "GlobalLpPool"):
+for _op in (
+    "MaxPool",
+    "AveragePool",
+    "GlobalAveragePool",
+    "GlobalMaxPool",
+    "LpPool",
+    "GlobalLpPool",
+):
     rule(_op)(pooling)
 
 

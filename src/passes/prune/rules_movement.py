@@ -46,8 +46,12 @@ def _shape(flow: Flow, node: ir.Node) -> None:
     read = range(rank)[start:end]
     for track in flow.of(data):
         axes = [a for a in track.axes if a in read]
-        if axes and not _is_only_a_shape(node.outputs[0], axes, start if start >= 0 else start + rank):
-            flow.labels.block(track.ids, f"{where_is(node)}: the number of channels is computed with")
+        if axes and not _is_only_a_shape(
+            node.outputs[0], axes, start if start >= 0 else start + rank
+        ):
+            flow.labels.block(
+                track.ids, f"{where_is(node)}: the number of channels is computed with"
+            )
 
 
 _SHAPE_OPERAND = {"Reshape": 1, "Expand": 1, "ConstantOfShape": 0, "Resize": 3}
@@ -156,9 +160,9 @@ def _joined(
             return None
         missing = [i for i, a in enumerate(reference.axes) if a not in track.axes]
         loose = [a for a in reference.axes if a not in track.axes and dims[a] != 1]
-        if loose and flow.labels.whole_heads:
-            _block_all(flow, node, along, f"{value.name!r} is not followed")
-            return None
+        if axis in track.axes and loose:
+            reason = f"{where_is(node)}: {value.name!r} is not followed"
+            flow.labels.hold(reference, loose, reason)
         parts.append(np.broadcast_to(np.expand_dims(track.ids, tuple(missing)), shape))
     return Track(reference.axes, np.concatenate(parts, axis=place))
 
@@ -344,7 +348,9 @@ def _gather_nd(flow: Flow, node: ir.Node) -> None:
     for track in flow.of(data):
         left = flow.labels.uniform(track, range(depth))
         if left is not None:
-            kept.append(left.moved({a: a - depth + len(shape) - 1 for a in range(depth, len(dims))}))
+            kept.append(
+                left.moved({a: a - depth + len(shape) - 1 for a in range(depth, len(dims))})
+            )
     flow.put(node.outputs[0], kept)
 
 

@@ -37,18 +37,17 @@ def _instance(flow: Flow, node: ir.Node) -> None:
     dims = dims_of(data) or ()
     for track in flow.of(data):
         over = [a for a in track.axes if a > 1]
-        if over:
-            reason = f"{where_is(node)}: {_WIDTH}"
-            flow.labels.block(track.ids, reason)
+        if over and 1 not in track.axes:
+            flow.labels.block(track.ids, f"{where_is(node)}: {_WIDTH}")
     channels = _channels(flow, data, range(2, len(dims)))
     if channels is None:
         for value in node.inputs[1:]:
             flow.block(value, f"{where_is(node)}: its input's channels are not followed")
-        flow.put(node.outputs[0], flow.of(data))
-        return
-    for value in node.inputs[1:]:
-        unite_vector(flow, node, value, channels.ids, "norm")
-    flow.put(node.outputs[0], [channels])
+    else:
+        for value in node.inputs[1:]:
+            unite_vector(flow, node, value, channels.ids, "norm")
+    # channels in groups go by whole groups: the statistics of others stay
+    flow.put(node.outputs[0], flow.of(data))
 
 
 def _channels(flow: Flow, data: ir.Value | None, spatial: range) -> Track | None:
@@ -78,9 +77,9 @@ def _layer(flow: Flow, node: ir.Node) -> None:
     operands += [flow.operand(p, len(dims)) for p in parameters if p is not None]
     merged = flow.merge(operands, node)
     for value in parameters:
-        track = flow.at(value, 0)
-        if track is not None and track.axes == (0,):
-            flow.use(node, value, "norm", track.ids)
+        scale = flow.at(value, 0)
+        if scale is not None and scale.axes == (0,):
+            flow.use(node, value, "norm", scale.ids)
     for i, output in enumerate(node.outputs):
         flow.put(output, merged if i == 0 else [])
 

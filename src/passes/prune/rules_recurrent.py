@@ -22,7 +22,8 @@ def _recurrent(flow: Flow, node: ir.Node) -> None:
     if shape is None or not known or attribute(node, "layout", 0) or lengths is not None:
         flow.block_node(node, "its weights, layout or lengths are not followed")
         return
-    assert weight is not None and state is not None
+    assert weight is not None
+    assert state is not None
     gates = _GATES[node.op_type]
     directions, size = shape[0], shape[2]
     ids = flow.labels.new(directions, size)
@@ -56,9 +57,7 @@ def _joint(ids: np.ndarray, outer: int, inner: int) -> Track:
     return Track((inner,), ids[0]) if ids.shape[0] == 1 else Track((outer, inner), ids)
 
 
-def _input_labels(
-    flow: Flow, node: ir.Node, data: ir.Value | None, weight: ir.Value
-) -> np.ndarray:
+def _input_labels(flow: Flow, node: ir.Node, data: ir.Value | None, weight: ir.Value) -> np.ndarray:
     shape = static_shape(weight) or (0, 0, 0)
     taken = flow.labels.new(shape[2])
     kept = [flow.labels.uniform(t, (0, 1)) for t in flow.of(data)]
