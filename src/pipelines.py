@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 
 from .errors import PassOptionError
-from .passes.base import Pass
+from .passes.base import Pass, Stage
 from .passes.cleanup.algebra import Algebra
 from .passes.cleanup.branches import FoldBranches
 from .passes.cleanup.broadcasts import Broadcasts
@@ -116,8 +116,9 @@ _PERCENT_PASSES = {"prune": "sparsify", "sparsify": "sparsify"}
 def parse_recipe(text: str) -> list[Pass]:
     """The passes that a recipe means, sorted by stage; legalization is not among them.
 
-    One item, or several joined by `+` (`prune50+int8`), is a whole pipeline: cleanup and fuse come
-    first, and the zeros that `sparsify` makes are packed at the end. A list with commas is taken as
+    One item, or several joined by `+` (`prune30+int8`), is a whole pipeline: cleanup and fuse are
+    added, and the zeros that `sparsify` makes are packed at the end. So is a list with commas that
+    only prunes and quantizes: `prune{ratio=0.3},int8`. Any other list with commas is taken as
     written: `cleanup,my_pass{x=1},int8`.
 
     Raises:
@@ -130,12 +131,12 @@ def parse_recipe(text: str) -> list[Pass]:
             fix=f"name one of {', '.join(RECIPES)}, or list passes",
         )
     specs = parse_specs(_PLUS.sub(",", text))
-    whole = "," not in _outside_braces(text)
+    asked = [item for spec in specs for item in _expand(spec)]
+    whole = "," not in _outside_braces(text) or _compresses(specs, asked)
     passes: list[Pass] = []
     if whole:
         passes += [cls() for group in GROUPS.values() for cls in group]
-    for spec in specs:
-        passes += _expand(spec)
+    passes += asked
     if whole and not any(isinstance(item, PackZeros) for item in passes):
         shares = [item.share for item in passes if isinstance(item, Sparsify)]
         passes += [PackZeros(assumed=share) for share in shares[-1:]]
@@ -159,6 +160,12 @@ def _expand(spec: PassSpec) -> list[Pass]:
     if percent and not spec.options:
         spec = PassSpec(_PERCENT_PASSES[percent[1]], (("ratio", int(percent[2]) / 100),))
     return [build_pass(find_pass(spec.name), spec)]
+
+
+def _compresses(specs: Sequence[PassSpec], passes: Sequence[Pass]) -> bool:
+    """Whether a list only says how to make a model smaller: the rest is for us to add."""
+    named = any(spec.name in GROUPS for spec in specs)
+    return not named and all(item.stage in (Stage.PRUNE, Stage.QUANTIZE) for item in passes)
 
 
 def _outside_braces(text: str) -> str:
