@@ -1,0 +1,70 @@
+"""Biases of linear layers, wherever the graph keeps them.
+
+Here: `with_bias`, a layer's result including its bias, and `set_bias`, which makes a place for a
+bias where there is none. Not here: what the bias is to be (`repair`).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from ...ir.graph import add_initializer, constant_array, fresh_name, is_onnx_op
+from ..quantize.layers import LinearLayer
+from ..quantize.qdq import drop_unused_constant
+
+
+def with_bias(layer: LinearLayer) -> ir.Value:
+    """The result of the layer: of the Add behind a MatMul, where that adds a bias."""
+    found = _add_behind(layer)
+    return layer.node.outputs[0] if found is None else found[0].outputs[0]
+
+
+def set_bias(model: ir.Model, layer: LinearLayer, bias: np.ndarray) -> None:
+    """Give the layer that bias [outputs], in place of the one it has."""
+    behind = _add_behind(layer)
+    if behind is not None:
+        node, index = behind
+    elif is_onnx_op(layer.node, "MatMul"):
+        node, index = _new_add(layer), 1
+    else:
+        node, index = layer.node, 2
+        if len(node.inputs) < 3:
+            node.resize_inputs(3)
+    old = node.inputs[index]
+    base = f"{layer.weight.name}/bias" if old is None else f"{old.name}/repaired"
+    node.replace_input_with(index, add_initializer(model.graph, base, bias))
+    if old is not None:
+        drop_unused_constant(old)
+
+
+def _add_behind(layer: LinearLayer) -> tuple[ir.Node, int] | None:
+    """The Add of a constant vector that a MatMul's result goes into, and which input that is."""
+    result = layer.node.outputs[0]
+    users = list(result.uses())
+    if not is_onnx_op(layer.node, "MatMul") or len(users) != 1 or result.is_graph_output():
+        return None
+    user, index = users[0].node, 1 - users[0].idx
+    constant = constant_array(user.inputs[index]) if is_onnx_op(user, "Add") else None
+    width = layer.shape[2]
+    if constant is None or not constant.ndim or not constant.size == constant.shape[-1] == width:
+        return None
+    return user, index
+
+
+def _new_add(layer: LinearLayer) -> ir.Node:
+    """An Add behind a MatMul whose second input is to be set; it takes over the result's name."""
+    node = layer.node
+    graph, old = node.graph, node.outputs[0]
+    assert isinstance(graph, ir.Graph)
+    users = list(old.uses())
+    total = ir.Value(name=old.name, type=old.type, shape=old.shape)
+    add = ir.Node("", "Add", [old, None], outputs=[total], name=f"{node.name}/bias")
+    old.name = fresh_name(graph, f"{old.name}/product")
+    graph.insert_after(node, add)
+    for user, index in users:
+        user.replace_input_with(index, total)
+    for i, output in enumerate(graph.outputs):
+        if output is old:
+            graph.outputs[i] = total
+    return add
