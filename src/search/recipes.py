@@ -1,7 +1,7 @@
 """The post-training variants worth trying on a target and a model, each with a reason.
 
-Here: `ptq_recipes`, a function of facts alone, and `as_recipes`, which takes a user's own list. Not
-here: what a recipe means (`pipelines`), running any (`sweep`).
+Here: `ptq_recipes` and `prune_recipes`, functions of facts alone, and `as_recipes`, which takes a
+user's own list. Not here: what a recipe means (`pipelines`), running any (`sweep`).
 
 A variant whose pass or option this installation lacks is left out, and so is one that the model or
 the target gives nothing to do; `left_out` says why.
@@ -20,6 +20,9 @@ from ..pipelines import parse_recipe
 from ..targets.target import Target
 
 PTQ = "ptq"
+PRUNE = "prune"
+PERCENT = (10, 20, 30, 40, 50, 60, 70)
+"""The shares of channels that `prune_recipes` takes out."""
 _SMALL_SHARE = 0.02
 """A kind of weight with less of the model than this is not worth a variant of its own."""
 
@@ -125,9 +128,28 @@ def ptq_recipes(facts: ModelFacts, target: Target, *, calibrated: bool) -> Plan:
 
     `calibrated`: whether there are samples to observe ranges on.
     """
+    return _plan(_variants(facts, target), calibrated)
+
+
+def prune_recipes(facts: ModelFacts, target: Target, *, calibrated: bool) -> Plan:
+    """Structured pruning from 10 to 70 %, each with and without int8 on top."""
+    none, lacks = _needs(facts, target)
+    found = [
+        _Variant("fp32", ("fp32",), "lossless: what every other is held against"),
+        _Variant("int8", ("int8",), "what integers alone do", lacks, calibrated=True),
+    ]
+    for percent in PERCENT:
+        name, why = f"prune{percent}", f"{percent} % of the channels, heads and features less"
+        both = f"{name}+int8"
+        found.append(_Variant(name, (name,), why, none))
+        found.append(_Variant(both, (both,), f"{why}, then integers", lacks, calibrated=True))
+    return _plan(found, calibrated)
+
+
+def _plan(variants: Iterable[_Variant], calibrated: bool) -> Plan:
     kept: list[Recipe] = []
     left: list[tuple[str, str]] = []
-    for variant in _variants(facts, target):
+    for variant in variants:
         text = next((text for text in variant.texts if _known(text)), None)
         if variant.lacks:
             left.append((variant.name, variant.lacks))
@@ -190,16 +212,23 @@ def _with(*items: str) -> str:
 
 
 def _variants(facts: ModelFacts, target: Target) -> list[_Variant]:
-    if not facts.weights:
-        none = "the model has no float weights"
-    else:
-        none = ""
+    none, lacks = _needs(facts, target)
     return [
         _Variant("fp32", ("fp32",), "lossless: what every other is held against"),
         *_half(target, none),
-        *_static(facts, target, none),
+        *_static(facts, lacks),
         *_weights(facts, none),
     ]
+
+
+def _needs(facts: ModelFacts, target: Target) -> tuple[str, str]:
+    """Why nothing can be compressed, and why nothing can run in integers; '' where it can."""
+    none = "" if facts.weights else "the model has no float weights"
+    if not none and target.scheme is None:
+        return none, f"{target.name} does not compute in 8-bit integers"
+    if not none and not facts.share(*_CONV, *_PRODUCT, *_RECURRENT):
+        return none, "no convolution, product or recurrent layer has weights"
+    return none, none
 
 
 def _half(target: Target, none: str) -> list[_Variant]:
@@ -212,14 +241,8 @@ def _half(target: Target, none: str) -> list[_Variant]:
     ]
 
 
-def _static(facts: ModelFacts, target: Target, none: str) -> list[_Variant]:
+def _static(facts: ModelFacts, lacks: str) -> list[_Variant]:
     """Integer arithmetic with ranges from calibration, and ways to lose less by it."""
-    integer = (*_CONV, *_PRODUCT, *_RECURRENT)
-    lacks = none
-    if not lacks and target.scheme is None:
-        lacks = f"{target.name} does not compute in 8-bit integers"
-    if not lacks and not facts.share(*integer):
-        lacks = "no convolution, product or recurrent layer has weights"
     pairs = "" if facts.rescalable else "no two layers with only a ReLU or the like between them"
     norms = "" if facts.normed else "no product reads a normalization"
 

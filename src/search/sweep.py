@@ -33,7 +33,16 @@ from ..targets.target import Target
 from .blame import SAMPLES
 from .cache import Cache, default_folder
 from .pareto import front
-from .recipes import PTQ, Plan, Recipe, as_recipes, model_facts, ptq_recipes
+from .recipes import (
+    PRUNE,
+    PTQ,
+    Plan,
+    Recipe,
+    as_recipes,
+    model_facts,
+    prune_recipes,
+    ptq_recipes,
+)
 from .result import SweepResult
 from .rows import Row, stored_cost
 from .stages import CANDIDATE, Bench, Made
@@ -69,7 +78,8 @@ def sweep(
     Args:
         model, example_inputs, dynamic_shapes, input_shapes, dims, passes: see `compile`.
         target: a name, `host`, or a `Target`. Latency is measured where this machine runs it.
-        recipes: "ptq" for the post-training variants worth trying; or texts, or (name, text).
+        recipes: "ptq" for the post-training variants worth trying, "prune" for structured pruning
+            from 10 to 70 % with and without int8; or texts, or (name, text).
         calibration: representative inputs, for recipes that observe ranges.
         evaluate: data, metrics, slices and limits. Without it, outputs are held against the
             original's on the calibration samples.
@@ -299,13 +309,14 @@ class _Job:
 def _plan(recipes: str | Iterable[Any], graph: ir.Model, target: Target, calibrated: bool) -> Plan:
     if not isinstance(recipes, str):
         return as_recipes(recipes)
-    if recipes != PTQ:
+    families = {PTQ: ptq_recipes, PRUNE: prune_recipes}
+    if recipes not in families:
         raise UsageError(
             f"There is no set of recipes {recipes!r}",
-            fix=f'recipes="{PTQ}", or a list: recipes=["fp32", "{recipes}"]',
+            fix=f'recipes="{PTQ}" or "{PRUNE}", or a list: recipes=["fp32", "{recipes}"]',
         )
     clean = Architecture(graph).prepared("fp32", target)
-    return ptq_recipes(model_facts(clean), target, calibrated=calibrated)
+    return families[recipes](model_facts(clean), target, calibrated=calibrated)
 
 
 def _evaluation(
