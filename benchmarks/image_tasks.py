@@ -25,7 +25,7 @@ from labelled_tasks import NotThere, Run, Task, cache, export, session
 
 CALIBRATION, TEST = 256, 2000
 """Pictures."""
-STEPS = {"vit": 2000, "convnext": 1500, "mobilenet": 1500, "efficientnet": 1500}
+STEPS = {"vit": 1500, "convnext": 1200}
 """Batches of 128 that a network is trained with, where it isn't 1,000."""
 RATES = {"vit": 2e-3, "convnext": 4e-3}
 """Peak learning rates of AdamW, where it isn't 6e-3."""
