@@ -110,7 +110,7 @@ def compile(  # noqa: A001 - the name users look for
     wanted = sort_by_stage([*parse_recipe(recipe), *passes])
     chosen = sort_by_stage([*wanted, *epilogue()])
     feeds = None if calibration is None else as_feeds(calibration, input_specs(graph))
-    sample = _sample(graph, feeds, dims)
+    sample = sample_for(graph, feeds, dims)
     sizes = sample.dims
     if not sample.runs:
         notes.append(_NO_SAMPLE)
@@ -190,7 +190,7 @@ def bisect(
         model, example_inputs=example_inputs, input_shapes=input_shapes, weights_required=True
     )
     feeds = None if calibration is None else as_feeds(calibration, input_specs(graph))
-    sample = _sample(graph, [feed] if feed is not None else feeds, dims)
+    sample = sample_for(graph, [feed] if feed is not None else feeds, dims)
     chosen = [*parse_recipe(recipe), *passes, *epilogue()]
     context = Context(get_target(target), feeds, sample.dims)
     folder = None if out is None else Path(out)
@@ -206,10 +206,11 @@ _NO_SAMPLE = (
 )
 
 
-def _sample(
+def sample_for(
     graph: ir.Model, feeds: Sequence[Feed] | None, dims: Mapping[str, int] | None
 ) -> Sample:
-    """A feed to check numerics on, and the sizes of its symbolic dimensions."""
+    """A feed to check numerics on: the first given, else a random one; and the sizes of its
+    symbolic dimensions."""
     if not feeds:
         return working_sample(graph, dims)
     sizes: dict[str, int] = {}

@@ -41,7 +41,7 @@ from .passes.lower.pack_zeros import PackZeros
 from .passes.lower.runtime_forms import RuntimeForms
 from .passes.prune.sparsify import Sparsify
 from .passes.registry import find_pass
-from .passes.spec import PassSpec, build_pass, parse_specs
+from .passes.spec import PassSpec, build_pass, format_pass, parse_specs
 
 GROUPS: dict[str, tuple[type[Pass], ...]] = {
     "cleanup": (
@@ -141,6 +141,46 @@ def parse_recipe(text: str) -> list[Pass]:
         shares = [item.share for item in passes if isinstance(item, Sparsify)]
         passes += [PackZeros(assumed=share) for share in shares[-1:]]
     return sort_by_stage(_without_repeats(passes))
+
+
+def pruning_pass(text: str) -> Pass:
+    """The first pass of a recipe that takes away a share, its `ratio`.
+
+    Raises:
+        PassOptionError: there is none, or the recipe can't be read.
+    """
+    for item in parse_recipe(text):
+        if _takes_a_share(item):
+            return item
+    raise PassOptionError(
+        f"The recipe {text!r} has no pass that prunes by a ratio",
+        fix="name one: prune, prune{ratio=0.3}, prune+int8",
+    )
+
+
+def with_ratio(text: str, ratio: float) -> str:
+    """The recipe with another `ratio` of the pass that prunes.
+
+    Raises:
+        PassOptionError: there is no such pass, or the recipe can't be read.
+    """
+    wanted = pruning_pass(text)
+    specs = parse_specs(_PLUS.sub(",", text))
+    items = [_expand(spec) for spec in specs]
+    whole = "," not in _outside_braces(text) or _compresses(specs, sum(items, []))
+    texts = []
+    for spec, passes in zip(specs, items, strict=True):
+        if passes and passes[0] == wanted:
+            texts.append(format_pass(dataclasses.replace(passes[0], ratio=round(ratio, 4))))  # type: ignore[call-arg]
+        elif spec.options:
+            texts.append(format_pass(passes[0]))
+        else:
+            texts.append(spec.name)
+    return ("+" if whole else ",").join(texts)
+
+
+def _takes_a_share(item: Pass) -> bool:
+    return item.stage is Stage.PRUNE and any(f.name == "ratio" for f in dataclasses.fields(item))
 
 
 def epilogue() -> list[Pass]:
