@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -24,6 +24,7 @@ from ..base import Feed
 from ..quantize.capture import Progress
 from ..quantize.layers import LinearLayer, linear_layer
 from ..quantize.moments import Moments
+from .groups import Group
 from .layer_bias import set_bias, with_bias
 from .least_squares import solve
 from .stepwise import Stepwise
@@ -52,17 +53,20 @@ def repair(
     kept: Mapping[str, np.ndarray],
     samples: Sequence[Feed],
     progress: Progress = lambda done, total, what: None,
+    only: Container[str | None] | None = None,
 ) -> Repaired:
     """Solve the weights and biases of the linear layers of a pruned model again, in place.
 
     `reference` is the model before pruning; values have the same names in both. `kept` has the
-    output channels that are left, by the name of the result, where some are gone.
+    output channels that are left, by the name of the result, where some are gone. `only` are the
+    results of the nodes to solve, by name; all by default.
 
     Raises:
         CalibrationError: a sample does not fit the model.
     """
     places = {value.name: value for node in reference.graph for value in node.outputs}
-    work = [item for node in model.graph if (item := _Item.of(node, places, kept)) is not None]
+    nodes = [n for n in model.graph if only is None or n.outputs[0].name in only]
+    work = [item for node in nodes if (item := _Item.of(node, places, kept)) is not None]
     wide = sum(item.layer.shape[1] > MAX_INPUTS for item in work)
     step = -(-len(samples) // MAX_SAMPLES)
     chosen = samples[::step] if step > 1 else samples
@@ -197,3 +201,15 @@ def _blocks(model: ir.Model, items: Sequence[_Item]) -> Iterator[list[_Item]]:
             block.append(item)
             size += need
         yield block
+
+
+def kept_outputs(chosen: Mapping[Group, Sequence[int]]) -> dict[str, np.ndarray]:
+    """The output channels that stay, by the name of the result, of nodes that compute units."""
+    masks: dict[str, np.ndarray] = {}
+    for group, units in chosen.items():
+        for site in group.sites:
+            if site.role == "out":
+                name = site.node.outputs[0].name or ""
+                mask = masks.setdefault(name, np.ones(len(site.units), bool))
+                mask &= ~np.isin(site.units, np.asarray(units, np.int64))
+    return {name: np.flatnonzero(mask) for name, mask in masks.items()}

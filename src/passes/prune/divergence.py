@@ -1,0 +1,75 @@
+"""How far the outputs of a pruned model are from those of the model it was.
+
+Here: `held_out`, samples kept apart for it, and `divergence`. Not here: what is done about it
+(`structured`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from ...targets.onnxruntime import OrtRunner
+from ..base import Feed
+from ..probe import run_on_sample
+
+_EVERY = 4
+_MOST = 32
+_FEWEST = 8
+
+
+def held_out(samples: Sequence[Feed]) -> tuple[list[Feed], list[Feed]]:
+    """Samples to learn from, and every fourth one, to judge by (32 at most).
+
+    Fewer than 8 samples serve for both.
+    """
+    if len(samples) < _FEWEST:
+        return list(samples), list(samples)
+    judges = set(list(range(_EVERY - 1, len(samples), _EVERY))[:_MOST])
+    rest = [sample for i, sample in enumerate(samples) if i not in judges]
+    return rest, [samples[i] for i in sorted(judges)]
+
+
+class Outputs:
+    """The float outputs of a model on some samples."""
+
+    def __init__(self, model: ir.Model, samples: Sequence[Feed]) -> None:
+        self._samples = samples
+        self._arrays = list(self._run(model))
+
+    def _run(self, model: ir.Model) -> list[dict[str, np.ndarray]]:
+        with OrtRunner(model, optimize=False) as runner:
+            return [
+                run_on_sample(runner, sample, None, f"calibration sample {i}")
+                for i, sample in enumerate(self._samples)
+            ]
+
+    def divergence(self, model: ir.Model) -> float:
+        """The squared error of another model's outputs by their variance, over the worst output.
+
+        0 is the same model, 1 no better than the mean output; infinite where it is not finite.
+        """
+        found = self._run(model)
+        worst = 0.0
+        for name in self._arrays[0] if self._arrays else ():
+            wanted = [arrays[name] for arrays in self._arrays]
+            given = [arrays[name] for arrays in found]
+            if all(array.dtype.kind == "f" for array in wanted):
+                worst = max(worst, _unexplained(wanted, given))
+        return worst
+
+
+def _unexplained(wanted: Sequence[np.ndarray], given: Sequence[np.ndarray]) -> float:
+    errors = total = squares = count = 0.0
+    for a, b in zip(wanted, given, strict=True):
+        if a.shape != b.shape:
+            return float("inf")
+        x, y = a.astype(np.float64), b.astype(np.float64)
+        errors += float(np.square(x - y).sum())
+        total, squares, count = total + x.sum(), squares + np.square(x).sum(), count + x.size
+    if not np.isfinite(errors):
+        return float("inf")
+    variance = squares - total * total / max(1.0, count)
+    return errors / variance if variance > 1e-12 * max(squares, 1e-30) else float(errors > 0)

@@ -1,0 +1,238 @@
+"""Structured pruning: channels, heads and features leave, and what stays makes up for them.
+
+Here: the pass `prune`. Not here: what must go together (`groups`), removing it (`remove`), choosing
+it (`choice`), making up for it (`repair`), weights set to zero where they are (`sparsify`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from ...errors import PassOptionError
+from ...ir.graph import absent_weights
+from ...ir.ops import graph_macs
+from ..base import Context, Feed, Pass, PassResult, Stage
+from ..quantize.capture import require_samples
+from .choice import Allocation, Choosing, choose, rank
+from .divergence import Outputs, held_out
+from .groups import Group, Groups, find_groups
+from .importance import Importance
+from .remove import remove
+from .repair import Repaired, kept_outputs, repair
+from .repair_heads import rotate_heads
+from .rounding import preferred_multiple
+from .statistics import collect
+
+_BACK_OFF = 0.6
+_LEAST_RATIO = 0.03
+
+
+@dataclasses.dataclass(frozen=True)
+class StructuredPrune(Pass):
+    """Removes channels, dimensions of heads and features: fewer weights and products.
+
+    `ratio` is the share of the units of every group that leaves. With calibration samples units are
+    chosen by what the layers behind them can't make up for, and these layers are then solved again;
+    without, by magnitude, and nothing is repaired. `importance`: auto, reconstruction, activation,
+    l1, l2, median or random. `allocation`: uniform, or global (more from where it costs less, up to
+    `spread` more or less than `ratio`, the parameters in all being the same). `heads`: dimensions of
+    heads or whole ones, or auto. `widths` lets go of what a LayerNormalization takes statistics
+    over. `only` and `exclude` are names of groups (with *), or kinds of units. `multiple` is what
+    widths are multiples of; 0: what the target's vectors like. `limit` is the share of the outputs'
+    variance that may be lost on samples held out; beyond it less is pruned.
+    """
+
+    name = "prune"
+    stage = Stage.PRUNE
+    lossless = False
+
+    ratio: float = 0.3
+    importance: str = "auto"
+    allocation: str = "uniform"
+    spread: float = 0.25
+    repair: bool = True
+    heads: str = "auto"
+    widths: bool = False
+    only: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    multiple: int = 0
+    limit: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for option, kinds in (("importance", Importance), ("allocation", Allocation)):
+            names = [kind.value for kind in kinds]
+            if getattr(self, option) not in names:
+                raise _bad_option(
+                    option, f"no {option} {getattr(self, option)!r}", ", ".join(names)
+                )
+        if not 0.0 <= self.ratio < 1.0:
+            raise _bad_option("ratio", f"a share of {self.ratio} can't be pruned", "0 <= ratio < 1")
+        if not 0.0 <= self.spread < 1.0:
+            raise _bad_option("spread", f"{self.spread} is no share", "0 <= spread < 1")
+        if self.heads not in ("auto", "whole", "dimensions"):
+            raise _bad_option("heads", f"no units {self.heads!r}", "auto, whole or dimensions")
+        if self.multiple < 0:
+            raise _bad_option("multiple", "a negative number of channels", "0 or more")
+        if self.limit <= 0:
+            raise _bad_option("limit", "no model is that close to another", "a limit over 0")
+
+    def run(self, model: ir.Model, context: Context) -> PassResult:
+        """See `Pass.run`."""
+        absent = bool(absent_weights(model))
+        if Importance(self.importance).needs_samples:
+            require_samples(context.calibration, self.name, "units are judged by activations")
+        samples = None if absent else context.calibration
+        work = _Work(self, context, samples)
+        return work.run(model)
+
+
+class _Work:
+    """One run of the pass."""
+
+    def __init__(
+        self, options: StructuredPrune, context: Context, samples: Sequence[Feed] | None
+    ) -> None:
+        self.options = options
+        self.context = context
+        self.teaching, self.judging = held_out(samples) if samples else ([], [])
+        self.multiple = options.multiple or preferred_multiple(context.target)
+        self.importance = Importance(options.importance)
+        if self.importance is Importance.AUTO:
+            self.importance = Importance.RECONSTRUCTION if self.teaching else Importance.L2
+        self.notes: list[str] = []
+
+    def run(self, model: ir.Model) -> PassResult:
+        before = _size(model, self.context.dims)
+        groups = find_groups(model, heads=self.options.heads, widths=self.options.widths)
+        if not self._taken(groups) or self.options.ratio == 0:
+            text = (
+                "nothing to prune: no group of units can be removed"
+                if self.options.ratio
+                else ("nothing to prune: the ratio is 0")
+            )
+            return PassResult(model, False, (text, *_blocked(groups)))
+        statistics = self._statistics(model, groups)
+        turned = 0
+        if self.teaching and self.options.repair:
+            turned = len(rotate_heads(self._taken(groups), statistics))
+            if turned:
+                statistics = self._statistics(model, groups)
+        limit = min(0.9, self.options.ratio + self.options.spread)
+        ranked = rank(self._taken(groups), statistics, self.importance, limit, self.options.seed)
+        reference = model.clone() if self.teaching else None
+        outputs = Outputs(model, self.judging) if self.judging else None
+        ratio = self.options.ratio
+        while True:
+            chosen = choose(ranked, self._how(ratio))
+            if not chosen:
+                text = "nothing was pruned: the ratio is less than one block of channels"
+                return PassResult(model, turned > 0, (text, *self.notes))
+            numbers = {groups.index(group): units for group, units in chosen.items()}
+            pruned, repaired = self._pruned(model, reference, numbers)
+            if outputs is None:
+                break
+            lost = outputs.divergence(pruned)
+            if lost <= self.options.limit:
+                break
+            self.notes.append(
+                f"a ratio of {ratio:.2g} lost {lost:.0%} of the outputs' variance on samples held "
+                f"out, over the limit of {self.options.limit:.0%}"
+            )
+            ratio *= _BACK_OFF
+            if ratio < _LEAST_RATIO:
+                return PassResult(model, turned > 0, ("nothing was pruned", *self.notes))
+        notes = [_told(before, _size(pruned, self.context.dims)), _units(groups, chosen)]
+        if repaired is not None:
+            notes.append(f"{repaired.solved} of {repaired.layers} layers solved again")
+        if turned:
+            notes.append(f"heads of {turned} products turned before")
+        if outputs is not None:
+            notes.append(f"{lost:.1%} of the outputs' variance lost on {len(self.judging)} samples")
+        else:
+            notes.append("no calibration samples: chosen by magnitude, not repaired, not judged")
+        return PassResult(pruned, True, (*notes, *self.notes, *_blocked(groups)))
+
+    def _how(self, ratio: float) -> Choosing:
+        return Choosing(
+            ratio=ratio,
+            importance=self.importance,
+            allocation=Allocation(self.options.allocation),
+            multiple=self.multiple,
+            spread=self.options.spread,
+            seed=self.options.seed,
+        )
+
+    def _taken(self, groups: Groups) -> list[Group]:
+        """The groups that can and are to be pruned."""
+        return [
+            group
+            for group in groups.free
+            if (not self.options.only or _named(group, self.options.only))
+            and not _named(group, self.options.exclude)
+        ]
+
+    def _statistics(self, model: ir.Model, groups: Groups) -> dict:
+        if not self.teaching:
+            return {}
+        return collect(self._taken(groups), self.teaching, model, self.context.progress)
+
+    def _pruned(
+        self, model: ir.Model, reference: ir.Model | None, numbers: Mapping[int, list[int]]
+    ) -> tuple[ir.Model, Repaired | None]:
+        """A copy of the model without the units of the groups of those numbers."""
+        copy = model.clone()
+        groups = find_groups(copy, heads=self.options.heads, widths=self.options.widths)
+        chosen = {groups[i]: units for i, units in numbers.items()}
+        kept = kept_outputs(chosen)
+        remove(copy, groups, chosen)
+        if reference is None or not self.options.repair:
+            return copy, None
+        return copy, repair(copy, reference, kept, self.teaching, self.context.progress)
+
+
+def _named(group: Group, names: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(group.name, n) or group.kind == n for n in names)
+
+
+def _size(model: ir.Model, dims: Mapping[str, int]) -> tuple[int, int | None]:
+    """Parameters and multiplications."""
+    weights = sum(
+        int(np.prod(v.shape.numpy()))
+        for v in model.graph.initializers.values()
+        if v.shape is not None and v.dtype is not None and v.dtype.is_floating_point()
+    )
+    return weights, graph_macs(model.graph, dims or None)
+
+
+def _told(before: tuple[int, int | None], after: tuple[int, int | None]) -> str:
+    text = f"{1 - after[0] / max(1, before[0]):.1%} of {before[0]:,} parameters removed"
+    if before[1] and after[1] is not None:
+        text += f", {1 - after[1] / before[1]:.1%} of {before[1]:,} MACs"
+    return text
+
+
+def _units(groups: Groups, chosen: Mapping[Group, list[int]]) -> str:
+    gone, total = sum(map(len, chosen.values())), sum(group.size for group in groups.free)
+    return f"{gone:,} of {total:,} units in {len(chosen)} of {len(groups.free)} groups left"
+
+
+def _blocked(groups: Groups) -> list[str]:
+    """The commonest reasons for which groups stay."""
+    reasons: dict[str, int] = {}
+    for group in groups:
+        if group.blocked:
+            reasons[group.blocked] = reasons.get(group.blocked, 0) + 1
+    ranked = sorted(reasons.items(), key=lambda item: -item[1])
+    return [f"{count} groups stay: {reason}" for reason, count in ranked[:3]]
+
+
+def _bad_option(option: str, what: str, fix: str) -> PassOptionError:
+    return PassOptionError(
+        f"The option {option!r} does not fit: {what}", where="pass 'prune'", fix=fix
+    )
