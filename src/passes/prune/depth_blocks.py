@@ -7,7 +7,6 @@ Here: `find_blocks`, which reads them off any graph, and `Block`. Not here: whic
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import onnx_ir as ir
@@ -25,7 +24,8 @@ from ...ir.graph import (
 from ...ir.ops import Category, facts, graph_macs
 from ...ir.sizing import is_dynamic, static_twin
 
-ATTENTION, CONVOLUTION, RECURRENT, PRODUCT = "attention", "convolution", "recurrent", "product"
+ATTENTION, CONVOLUTION, RECURRENT = "attention", "convolution", "recurrent"
+PRODUCT, POOLING = "product", "pooling"
 _SUMS = ("Add", "Sum")
 _PASSING = (
     "Identity",
@@ -54,8 +54,8 @@ class Block:
 
     `add` is the sum, `branch` its operand f(x), `entry` the value x. `nodes` are those that nothing
     needs without the branch, in graph order. `kind` is "attention" where activations are multiplied
-    by activations, else "convolution", "recurrent" or "product". `name` is the module path of its
-    source where that is known. `macs` counts multiply-accumulates (None: not known), `parameters`
+    by activations, else "convolution", "recurrent", "product" or "pooling". `name` is the module
+    path of its source where that is known. `macs` counts multiply-accumulates (None: not known), `parameters`
     weights. `layer` numbers the runs of blocks that belong together: an attention and the products
     that follow it.
     """
@@ -88,13 +88,24 @@ class Refused:
 class Found:
     """The blocks of a graph, in its order, and sums that were refused.
 
-    `macs` are those of the whole model, `reach` those in at least one block; None: not known.
+    `macs` are those of the whole model, `costs` those of each node; None: not known.
     """
 
     blocks: tuple[Block, ...]
     refused: tuple[Refused, ...] = ()
     macs: int | None = None
-    reach: int | None = None
+    costs: Mapping[ir.Node, int] | None = dataclasses.field(default=None, repr=False)
+
+    def saved(self, blocks: Iterable[Block]) -> int | None:
+        """Multiply-accumulates that go with some blocks; what lies in two of them counts once."""
+        if self.costs is None:
+            return None
+        return sum(self.costs[node] for node in {n for block in blocks for n in block.nodes})
+
+    @property
+    def reach(self) -> int | None:
+        """Multiply-accumulates that lie in at least one block."""
+        return self.saved(self.blocks)
 
     @property
     def share(self) -> float | None:
@@ -131,11 +142,7 @@ def find_blocks(model: ir.Model, dims: Mapping[str, int] | None = None) -> Found
             refused.append(Refused(node_name(block.add), why))
             continue
         kept.append(dataclasses.replace(block, macs=macs))
-    kept = _in_layers(kept)
-    reach = None
-    if counts is not None:
-        reach = sum(counts[node] for node in {n for block in kept for n in block.nodes})
-    return Found(tuple(kept), tuple(refused), total, reach)
+    return Found(tuple(_in_layers(kept)), tuple(refused), total, counts)
 
 
 def _macs_of(model: ir.Model, dims: Mapping[str, int] | None) -> dict[ir.Node, int] | None:
@@ -379,7 +386,9 @@ def _kind(working: Iterable[ir.Node], reached: set[ir.Value]) -> str:
         kinds.add(category)
     if Category.CONVOLUTION in kinds:
         return CONVOLUTION
-    return RECURRENT if Category.RECURRENT in kinds else PRODUCT
+    if Category.RECURRENT in kinds:
+        return RECURRENT
+    return POOLING if kinds == {Category.POOLING} else PRODUCT
 
 
 def _name(add: ir.Node, nodes: Sequence[ir.Node], working: Sequence[ir.Node]) -> str:
@@ -394,7 +403,12 @@ def _name(add: ir.Node, nodes: Sequence[ir.Node], working: Sequence[ir.Node]) ->
 
 
 def _shared_prefix(parts: Sequence[Sequence[str]]) -> list[str]:
-    return list(os.path.commonprefix([tuple(part) for part in parts]))
+    shared = []
+    for column in zip(*parts, strict=False):
+        if len(set(column)) > 1:
+            break
+        shared.append(column[0])
+    return shared
 
 
 def _parameters(nodes: Iterable[ir.Node]) -> int:
