@@ -55,8 +55,8 @@ class Block:
     `add` is the sum, `branch` its operand f(x), `entry` the value x. `nodes` are those that nothing
     needs without the branch, in graph order. `kind` is "attention" where activations are multiplied
     by activations, else "convolution", "recurrent", "product" or "pooling". `name` is the module
-    path of its source where that is known. `macs` counts multiply-accumulates (None: not known), `parameters`
-    weights. `layer` numbers the runs of blocks that belong together: an attention and the products
+    path of its source where that is known. `macs` counts multiply-accumulates (None: not known),
+    `parameters` weights. `layer` numbers the runs of blocks that belong together: an attention and the products
     that follow it.
     """
 
