@@ -57,6 +57,7 @@ class FoldBranches(Pass):
             inliner.visit(model.graph)
             count, forced = count + inliner.count, forced + 1
             report = infer_shapes(model, refresh=True)
+            tried.clear()  # what was undecided may follow from it
         found_texts = (
             (count, "inlined the only branch taken of {} If"),
             (forced, "{} of them had one branch that can only fail"),

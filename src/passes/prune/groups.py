@@ -16,10 +16,18 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ...ir.graph import node_name, node_subgraphs, static_shape
+from ...ir.graph import (
+    AbsentTensor,
+    add_initializer,
+    graphs,
+    is_absent,
+    node_name,
+    node_subgraphs,
+    static_shape,
+)
 from ...ir.shapes import infer_shapes
 from . import rules, rules_movement, rules_norms, rules_recurrent
-from .flow import RULES, Flow, View
+from .flow import RULES, Flow, View, is_parameter
 from .labels import Labels, Track
 from .resolve import Resolved, mixed, resolve
 
@@ -119,7 +127,10 @@ class Groups(Sequence[Group]):
 
 
 def find_groups(model: ir.Model, *, heads: str = "auto", widths: bool = False) -> Groups:
-    """The dependency groups of a model, which is not changed apart from inferred shapes.
+    """The dependency groups of a model.
+
+    The model is not changed apart from inferred shapes, and vectors of parameters that several
+    nodes share: each node gets its own.
 
     `heads` says what the units of an attention are: "whole" heads, "dimensions" inside them (as
     many of each head), or "auto": dimensions where they may go, and heads where not. `widths` lets
@@ -128,6 +139,7 @@ def find_groups(model: ir.Model, *, heads: str = "auto", widths: bool = False) -
     Raises:
         ShapeError: the model's shapes contradict each other.
     """
+    _unshare_vectors(model)
     labels = Labels()
     flow = Flow(labels, infer_shapes(model, mend=True), widths=widths)
     _walk(flow, model.graph)
@@ -139,10 +151,36 @@ def find_groups(model: ir.Model, *, heads: str = "auto", widths: bool = False) -
     return Groups(flow, resolve(labels, joint, heads))
 
 
+def _unshare_vectors(model: ir.Model) -> None:
+    """Biases and scales that several nodes share make no group of these: they are alike by chance
+    (all zeros, say), and became one to save space.
+    """
+    for graph in graphs(model):
+        for value in list(graph.initializers.values()):
+            shape, tensor = static_shape(value), value.const_value
+            if shape is None or len(shape) != 1 or shape[0] < 2 or tensor is None:
+                continue
+            nodes: dict[ir.Node, list[int]] = {}
+            for node, index in value.uses():
+                nodes.setdefault(node, []).append(index)
+            if value.is_graph_input() or value.is_graph_output() or not is_parameter(value):
+                continue
+            for node, indices in list(nodes.items())[1:]:
+                own = add_initializer(graph, f"{value.name}/own", _copy(tensor))
+                for index in indices:
+                    node.replace_input_with(index, own)
+
+
+def _copy(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    if is_absent(tensor):
+        return AbsentTensor(tensor.name or "", tensor.dtype, tensor.shape)
+    return ir.Tensor(tensor.numpy(), dtype=tensor.dtype)
+
+
 def _forget_unused(flow: Flow) -> None:
     """Drop labels along axes of parameters that no rule asked for (taps of a kernel)."""
     met = np.zeros(flow.labels.count, bool)
-    for pair in flow.labels.pairs:
+    for pair in [*flow.labels.pairs, *flow.labels.columns]:
         for ids in pair:
             met[ids] = True
     for value, tracks in flow.tracks.items():

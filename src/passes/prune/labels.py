@@ -18,7 +18,7 @@ Dim = object
 """An int, or anything else where the size is not known."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Track:
     """Labels along `axes` of a tensor, outer to inner; `ids` has the sizes of those axes.
 
@@ -43,6 +43,7 @@ class Labels:
         self.pairs: list[tuple[np.ndarray, np.ndarray]] = []
         self.blocks: list[tuple[np.ndarray, str, str]] = []
         self.stems: list[tuple[np.ndarray, np.ndarray]] = []
+        self.columns: list[tuple[np.ndarray, np.ndarray]] = []
         self.rows: list[np.ndarray] = []
 
     def new(self, *shape: int) -> np.ndarray:
@@ -88,6 +89,13 @@ class Labels:
         """
         self.stems.append((stems.reshape(-1), rows.reshape(stems.size, -1)))
 
+    def column(self, columns: np.ndarray, rows: np.ndarray) -> None:
+        """`columns[j]` goes exactly when all of `rows[:, j]` go: a dimension, the same in all heads.
+
+        Where heads are removed whole (`resolve`), columns stay.
+        """
+        self.columns.append((columns.reshape(-1), rows.reshape(-1, columns.size)))
+
     def hold(self, track: Track, axes: Sequence[int], reason: str) -> None:
         """Positions along outer `axes` of the tensor stay; what is inside of them may go."""
         kept = [i for i, a in enumerate(track.axes) if a in axes]
@@ -107,6 +115,9 @@ class Labels:
         if track.axes[-1] in part.axes:
             if order != sorted(order):
                 self.unite_along(track.ids, range(track.ids.ndim - 1))
+            if ids.ndim == 1 and missing:
+                self.column(ids, track.ids)
+                return
             self.unite(track.ids, np.expand_dims(ids, tuple(missing)))
             return
         lead = [i for i in range(track.ids.ndim) if i not in missing]
@@ -127,14 +138,14 @@ class Labels:
         self.stem(stems, track.ids.transpose([*kept, *gone]))
         return Track(left, stems)
 
-    def uniform(self, track: Track, axes: Sequence[int]) -> Track | None:
+    def uniform(self, track: Track, axes: Sequence[int], reason: str) -> Track | None:
         """The track where `axes` of the tensor keep their size: labels along them are united."""
         gone = [i for i, a in enumerate(track.axes) if a in axes]
         if not gone:
             return track
         left = tuple(a for a in track.axes if a not in axes)
         if not left:
-            self.block(track.ids, "the size of this axis is fixed")
+            self.block(track.ids, reason)
             return None
         return Track(left, self.unite_along(track.ids, gone))
 
@@ -156,6 +167,7 @@ class Operand:
 def merge(labels: Labels, operands: Sequence[Operand], where: str) -> tuple[Track, ...]:
     """The tracks of an elementwise result: labels at one position are united."""
     found = []
+    operands = _narrowed(labels, operands, where)
     for cluster in _clusters([t for o in operands for t in o.tracks]):
         reference = max(cluster, key=lambda t: len(t.axes))
         reason = _misfit(labels, operands, cluster, reference, where)
@@ -174,6 +186,42 @@ def merge(labels: Labels, operands: Sequence[Operand], where: str) -> tuple[Trac
                     labels.tie(reference, track)
         found.append(reference)
     return tuple(found)
+
+
+def _narrowed(labels: Labels, operands: Sequence[Operand], where: str) -> Sequence[Operand]:
+    """Tracks without inner axes that can't be united: what is inside of outer ones goes whole.
+
+    Such are axes that differ inside a shared one (two kinds of dimensions inside heads), and those
+    that an operand has without a track.
+    """
+    for cluster in _clusters([t for o in operands for t in o.tracks]):
+        axes = {a for t in cluster for a in t.axes}
+        kept = _united_axes(operands, cluster)
+        if not kept or kept == axes:
+            continue
+        reason = f"{where}: channels are not followed along all of its axes"
+        less = {t: labels.uniform(t, sorted(set(t.axes) - kept), reason) for t in cluster}
+        operands = [
+            dataclasses.replace(
+                o, tracks=tuple(t for t in (less.get(t, t) for t in o.tracks) if t is not None)
+            )
+            for o in operands
+        ]
+    return operands
+
+
+def _united_axes(operands: Sequence[Operand], cluster: Sequence[Track]) -> set[int]:
+    """The axes along which the tracks of a cluster can be united."""
+    widest = max(cluster, key=lambda t: len(t.axes))
+    kept = list(widest.axes)
+    if not all(set(t.axes) <= set(kept) for t in cluster):
+        shared = set.intersection(*[set(t.axes) for t in cluster if len(t.axes) > 1])
+        kept = [a for a in kept if a in shared]
+    while kept and any(
+        o.dims[kept[-1]] != 1 and all(kept[-1] not in t.axes for t in o.tracks) for o in operands
+    ):
+        kept.pop()
+    return set(kept)
 
 
 def _misfit(
@@ -229,7 +277,8 @@ def reshape(
     found: list[Track] = []
     for whole in tracks:
         others = [t for t in tracks if t is not whole]
-        track = _away_from_unknown(labels, whole, pieces, before, after)
+        reason = f"{where}: the sizes do not say where axes go"
+        track = _away_from_unknown(labels, whole, pieces, before, after, reason)
         if track is None:
             continue
         touched = [p for p in pieces if set(p[0]) & set(track.axes)]
@@ -249,6 +298,7 @@ def _away_from_unknown(
     pieces: Sequence[Piece],
     before: Sequence[Dim],
     after: Sequence[Dim],
+    reason: str,
 ) -> Track | None:
     """The track without axes that become one with an axis of unknown size."""
     vague = []
@@ -256,7 +306,7 @@ def _away_from_unknown(
         sizes = [before[a] for a in ins] + [after[a] for a in outs]
         if (len(ins), len(outs)) != (1, 1) and not all(isinstance(d, int) for d in sizes):
             vague += [a for a in ins if a in track.axes]
-    return labels.uniform(track, vague) if vague else track
+    return labels.uniform(track, vague, reason) if vague else track
 
 
 Piece = tuple[tuple[int, ...], tuple[int, ...]]

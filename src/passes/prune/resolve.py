@@ -57,26 +57,54 @@ def resolve(labels: Labels, extra_rows: Sequence[np.ndarray], heads: str) -> Res
     """What all that was united, blocked and balanced comes to.
 
     `heads`: "whole" removes stems, "dimensions" what is in their rows, "auto" decides for each set
-    of united stems: rows where nothing blocks any of them, else stems.
+    of united stems: rows where nothing blocks any of them, else stems if these are free.
     """
     rows = [*labels.rows, *extra_rows]
+    first = _resolve(labels, rows, [False] * len(labels.stems), [False] * len(labels.columns))
+    if heads == "dimensions" or not labels.stems:
+        return first
     if heads == "whole":
-        return _resolve(labels, rows, [True] * len(labels.stems))
-    whole = [False] * len(labels.stems)
-    found = _resolve(labels, rows, whole)
-    if heads == "dimensions":
-        return found
+        whole = [True] * len(labels.stems)
+        return _resolve(labels, rows, whole, _fixed(labels, first, whole))
     stuck = np.zeros(labels.count, bool)
     for stems, members in labels.stems:
-        blocked = found.blocked[found.root[members]] > 0
-        stuck[found.root[stems]] |= bool(blocked.all())
-    whole = [bool(stuck[found.root[stems]].any()) for stems, _ in labels.stems]
-    return _resolve(labels, rows, whole) if any(whole) else found
+        stuck[first.root[stems]] |= bool((first.blocked[first.root[members]] > 0).all())
+    whole = [bool(stuck[first.root[stems]].any()) for stems, _ in labels.stems]
+    if not any(whole):
+        return first
+    found = _resolve(labels, rows, whole, _fixed(labels, first, whole))
+    futile = np.zeros(labels.count, bool)
+    for (stems, _), united in zip(labels.stems, whole, strict=True):
+        futile[first.root[stems]] |= united and bool((found.blocked[found.root[stems]] > 0).all())
+    better = [
+        united and not bool(futile[first.root[stems]].any())
+        for (stems, _), united in zip(labels.stems, whole, strict=True)
+    ]
+    if better == whole:
+        return found
+    return _resolve(labels, rows, better, _fixed(labels, first, better))
 
 
-def _resolve(labels: Labels, rows: Sequence[np.ndarray], whole: Sequence[bool]) -> Resolved:
+def _fixed(labels: Labels, first: Resolved, whole: Sequence[bool]) -> list[bool]:
+    """Which columns stay, since rows that they run through are removed whole."""
+    touched = np.zeros(labels.count, bool)
+    for (_, members), united in zip(labels.stems, whole, strict=True):
+        if united:
+            touched[first.root[members]] = True
+    return [bool(touched[first.root[ids]].any()) for _, ids in labels.columns]
+
+
+def _resolve(
+    labels: Labels, rows: Sequence[np.ndarray], whole: Sequence[bool], fixed: Sequence[bool]
+) -> Resolved:
     pairs = list(labels.pairs)
     blocks = list(labels.blocks)
+    for (columns, ids), stay in zip(labels.columns, fixed, strict=True):
+        if stay:
+            pairs.append((ids.reshape(-1), ids[:, :1].repeat(ids.shape[1], 1).reshape(-1)))
+            blocks.append((columns, "heads are removed whole: dimensions inside them stay", "heads"))
+        else:
+            pairs.append((ids.reshape(-1), np.broadcast_to(columns, ids.shape).reshape(-1)))
     for (stems, members), united in zip(labels.stems, whole, strict=True):
         if united:
             pairs.append((stems.repeat(members.shape[1]), members.reshape(-1)))
@@ -142,17 +170,15 @@ def _cells(
     for number, matrix in enumerate(constraints):
         places = np.repeat(np.arange(len(matrix)), matrix.shape[1])
         pair, times = np.unique(np.stack([matrix.reshape(-1), places]), axis=1, return_counts=True)
-        np.add.at(key, pair[0], mixed(pair[1].astype(np.uint64) + np.uint64((number + 1) << 32)))
-        memberships.append((pair[0], pair[1], bool(times.min() == times.max())))
+        # positions of one cell are as many times in a row (rotary pairs twice, say)
+        cells = mixed(times.astype(np.uint64) + np.uint64((number + 1) << 32))
+        np.add.at(key, pair[0], mixed(pair[1].astype(np.uint64) + cells))
+        memberships.append((pair[0], pair[1], cells))
     bound = np.flatnonzero(key)
     row[bound] = np.unique(key[bound], return_inverse=True)[1].reshape(-1)
     sizes = np.bincount(row[bound])
     kind = _kinds(row, sizes, memberships)
     cluster[bound] = kind[row[bound]]
-    for members, _, even in memberships:
-        if not even:
-            why = "channels are used unevenly by the rows they are in"
-            _block(blocked, reasons, members, why)
     for number in np.unique(cluster[bound]):
         members = bound[cluster[bound] == number]
         lengths = sizes[row[members]]
@@ -166,19 +192,21 @@ def _cells(
 
 
 def _kinds(
-    row: np.ndarray, sizes: np.ndarray, memberships: Sequence[tuple[np.ndarray, np.ndarray, bool]]
+    row: np.ndarray,
+    sizes: np.ndarray,
+    memberships: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
 ) -> np.ndarray:
     """Cells of one kind stay equally long: then so do all rows.
 
-    Cells are of one kind when as many of them, equally long, are in the same constraints; where
-    rows of a constraint are made of different kinds, these are one.
+    Cells are of one kind when as many of them, equally long, are as often in the same constraints;
+    where rows of a constraint are made of different kinds, these are one.
     """
     key = sizes.astype(np.uint64)
     cells_of = []
-    for number, (roots, places, _) in enumerate(memberships):
-        pairs = np.unique(np.stack([row[roots], places]), axis=1)
+    for roots, places, times in memberships:
+        pairs, first = np.unique(np.stack([row[roots], places]), axis=1, return_index=True)
         cells_of.append(pairs)
-        np.add.at(key, pairs[0], mixed(np.full(pairs.shape[1], (number + 1) << 32, np.uint64)))
+        np.add.at(key, pairs[0], mixed(times[first]))
     kind: np.ndarray = np.unique(key, return_inverse=True)[1].reshape(-1)
     links = []
     for cells, places in cells_of:
