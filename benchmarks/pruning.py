@@ -30,9 +30,9 @@ from edgepass.speed import time_in_turns
 
 RECIPES = {
     "prune": "prune{ratio=%}",
-    "L1, no repair": "prune{ratio=%,importance=l1,repair=none}",
+    "L1, no repair": "prune{ratio=%,importance=l1,repair=false,limit=1e9}",
     "prune + int8": "prune{ratio=%},int8",
-    "L1, no repair + int8": "prune{ratio=%,importance=l1,repair=none},int8",
+    "L1, no repair + int8": "prune{ratio=%,importance=l1,repair=false,limit=1e9},int8",
 }
 FLOAT = "default"
 
