@@ -13,7 +13,6 @@ import onnx_ir as ir
 
 from ...errors import PassOptionError
 from ..base import Context, Pass, PassResult, Stage
-from ..probe import NumericError
 from .low_rank_choice import Choice, Menu, Option, by_energy, by_share, fastest, removed
 from .low_rank_forms import Form
 from .low_rank_work import Wish, Work
@@ -72,9 +71,10 @@ class LowRank(Pass):
     layer keeps, at the least rank. `rank`: in place of both, one rank for all. `margin`: by how
     much a layer must become faster, as predicted; below 0, how much slower it may get. `data`: use
     the samples if there are any. `weigh`: hold errors against what they do to the model's outputs
-    (runs each layer once on a few samples). `refit`: solve last factors again. `min_db`: signal to
-    error of the outputs on the samples that must be kept: less is factorized until it is. `forms`:
-    "product", "pointwise", "spatial", "tucker"; all if empty. `exclude`: nodes, weights, operators.
+    (runs each layer once on a few samples). `refit`: solve last factors again. `limit`: the share
+    of the outputs' variance that may be lost on samples held out: as much less is factorized.
+    `forms`: "product", "pointwise", "spatial", "tucker"; all if empty. `exclude`: nodes, weights or
+    operators.
     """
 
     name = "low_rank"
@@ -89,7 +89,7 @@ class LowRank(Pass):
     data: bool = True
     weigh: bool = True
     refit: bool = True
-    min_db: float = 0.0
+    limit: float = 0.5
     forms: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
 
@@ -104,6 +104,8 @@ class LowRank(Pass):
             raise _bad("margin", f"no layer gets {self.margin} faster", "a share below 1")
         if self.measure not in MEASURES:
             raise _bad("measure", f"{self.measure!r} is not counted", f"one of {list(MEASURES)}")
+        if self.limit <= 0:
+            raise _bad("limit", "no model is that close to another", "a limit over 0")
         known = [str(form) for form in Form]
         if set(self.forms) - set(known):
             raise _bad("forms", f"no forms {sorted(set(self.forms) - set(known))}", f"of {known}")
@@ -112,25 +114,24 @@ class LowRank(Pass):
         """See `Pass.run`. The model is not changed: the result is a copy."""
         work = self._work(model, context)
         menus = self._menus(work)
-        told: NumericError | None = None
+        lost: float | None = None
         for part in _RETREAT:
             choice = self._choose(menus, part)
             selection = self._selection(work, menus, choice)
             if not any(choice):
                 return PassResult(model, False, self._notes(selection, None, part))
             changed = work.apply(menus, choice, again=self.refit)
-            told = work.divergence(changed)
-            if told is None or told.sqnr_db >= self.min_db:
-                return PassResult(changed, True, self._notes(selection, told, part))
-        assert told is not None
+            lost = work.lost(changed)
+            if lost is None or lost <= self.limit:
+                return PassResult(changed, True, self._notes(selection, lost, part))
         text = (
-            f"nothing factorized: a quarter of it already leaves the outputs {told.sqnr_db:.0f} dB "
-            f"of signal to error on the samples, under min_db={self.min_db:g}"
+            f"nothing factorized: a quarter of it already loses {lost:.0%} of the outputs' "
+            f"variance on samples held out, over the limit of {self.limit:.0%}"
         )
         return PassResult(model, False, (text,))
 
     def select(self, model: ir.Model, context: Context) -> Selection:
-        """What `run` would write, were it not for `min_db`; the model is not changed."""
+        """What `run` would write, were it not for `limit`; the model is not changed."""
         work = self._work(model, context)
         menus = self._menus(work)
         return self._selection(work, menus, self._choose(menus, 1.0))
@@ -167,9 +168,7 @@ class LowRank(Pass):
 
     # --- notes ---------------------------------------------------------------------------------
 
-    def _notes(
-        self, selection: Selection, told: NumericError | None, part: float
-    ) -> tuple[str, ...]:
+    def _notes(self, selection: Selection, lost: float | None, part: float) -> tuple[str, ...]:
         menus, choice = selection.menus, selection.choice
         taken = [(m, o) for m, o in zip(menus, choice, strict=True) if o is not None]
         notes = [f"factorized {len(taken)} of {len(menus)} layers"]
@@ -178,7 +177,7 @@ class LowRank(Pass):
             notes.append(_amounts(selection))
         share = removed(menus, choice)
         if part < 1:
-            notes.append(f"{part:.0%} of what was asked for, for min_db={self.min_db:g}")
+            notes.append(f"{part:.0%} of what was asked for, to stay within the limit")
         elif not self.rank and not self.energy and menus and share < 0.98 * self.ratio:
             notes.append(
                 f"{share:.0%} of {self.measure} removed, not {self.ratio:.0%}: no more pays"
@@ -187,8 +186,8 @@ class LowRank(Pass):
             worst = sorted(taken, key=lambda item: -item[1].error)[:3]
             named = ", ".join(f"{m.site.name} {o.candidate} {o.error:.1%}" for m, o in worst)
             notes.append(f"greatest errors of outputs, before biases and refitting: {named}")
-        if told is not None:
-            notes.append(f"outputs on samples: {told.sqnr_db:.1f} dB of signal to error")
+        if lost is not None:
+            notes.append(f"the outputs lose {lost:.1%} of their variance on samples held out")
         reasons: dict[str, list[str]] = {}
         for name, reason in [
             *((menu.site.name, menu.reason) for menu in menus if menu.reason),

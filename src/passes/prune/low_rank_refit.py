@@ -31,10 +31,14 @@ _BUDGET = 1 << 28
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """The last step of a factorized layer, and where its bias is (see `Site`)."""
+    """The last step of a factorized layer, and where its bias is (see `Site`).
+
+    `shift` is what was added to a bias behind the layer, so that the layer's own result lacks it.
+    """
 
     node: ir.Node
     bias: tuple[ir.Node, int] | None
+    shift: np.ndarray | None = None
 
 
 def refit(
@@ -85,6 +89,8 @@ def _solve(
     groups, _, out = layer.shape
     bias = np.zeros(groups * out) if own is None else own.astype(np.float64).reshape(-1)
     bias = np.broadcast_to(bias, (groups * out,))
+    if item.shift is not None:
+        bias = bias + item.shift
     solved = reconstruct(halves, matrix, None if item.bias is not None else bias)
     if item.bias is not None:
         error = halves[0].union(halves[1]).mean_error(solved, bias)

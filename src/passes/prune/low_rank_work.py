@@ -25,6 +25,7 @@ from ...ir.sizing import is_dynamic, static_twin
 from ...targets.onnxruntime import OrtRunner
 from ..base import Context, Feed
 from ..probe import NumericError, default_dims, numeric_error, run_on_sample
+from .divergence import Outputs, held_out
 from .low_rank_choice import Choice, Menu, Option
 from .low_rank_factors import Factors, Known
 from .low_rank_forms import Candidate, Form, candidates, forms_of, original
@@ -35,10 +36,15 @@ from .low_rank_statistics import ChannelMoments, channel_moments
 from .low_rank_write import write
 from .rounding import preferred_multiple
 
-_JUDGED = 16
-"""Samples on which results are held against the original's."""
 _WEIGHED = 4
 """Samples on which one layer's error is held against the model's."""
+_FAR_OFF = 0.05
+"""Error over signal of the outputs beyond which more of the same does less."""
+_TRIALS = 3
+_SUMS = 3
+"""Sums in a row, of a bias and a residual, that a normalization is looked for behind."""
+_ROW_NORMS = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
+_LEAST_SCALE = 1e-3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +65,7 @@ class Work:
         self, model: ir.Model, context: Context, wish: Wish, samples: Sequence[Feed] | None
     ) -> None:
         self.model = model
-        self.samples = samples
+        self.samples, self.judging = held_out(samples) if samples else ([], [])
         self.wish = wish
         self._context = context
         self.prices = Prices(context.target, opset_of(model))
@@ -67,8 +73,9 @@ class Work:
         self.sites: list[Site] = found[0]
         self.refused: list[Refusal] = found[1]
         self._moments: dict[ir.Value, ChannelMoments] = {}
-        if samples is not None:
-            self._observe(samples)
+        self._judge: Outputs | None = None
+        if samples:
+            self._observe(self.samples)
 
     # --- what there is to choose from ----------------------------------------------------------
 
@@ -212,9 +219,10 @@ class Work:
                 place = node, 2
             elif place is not None and bias_array(menu.site) is None:
                 place = None
-            written.append(Written(node, place))
+            behind = place is not None and place[0] is not node
+            written.append(Written(node, place, bias if behind else None))
         infer_shapes_from(model, [n for n in model.graph if _unshaped(n)], strict=False)
-        if again and self.samples is not None and not any(m.site.is_absent for m in menus):
+        if again and self.samples and not any(m.site.is_absent for m in menus):
             refit(model, self.model, written, self.samples, self._context.progress)
         return model
 
@@ -223,37 +231,52 @@ class Work:
 
         One layer at a time is factorized by about that share, and a few samples are run.
         """
-        if self.samples is None:
+        if not self.samples:
             return list(menus)
         found = []
-        expected = self._results(self.model, _WEIGHED)
+        expected = self._results(self.model)
         for i, menu in enumerate(menus):
             self._context.progress(i, len(menus), "weighing errors")
-            # an option with no error says nothing of the next
-            telling = [o for o in menu.options if o.error > 1e-9]
-            if not telling:
-                found.append(menu)
-                continue
-            probe = min(telling, key=lambda o: abs(o.gain - share * menu.whole))
-            alone: Choice = tuple(probe if other is menu else None for other in menus)
-            changed = self._results(self.apply(menus, alone, again=False), _WEIGHED)
-            noise = _noise(numeric_error(expected, changed))
-            found.append(dataclasses.replace(menu, weight=max(noise, 1e-12) / probe.error))
+            found.append(dataclasses.replace(menu, weight=self._harm(menus, menu, share, expected)))
         return found
 
-    def divergence(self, model: ir.Model) -> NumericError | None:
-        """How far a model's results on samples are from the original's."""
-        if self.samples is None:
-            return None
-        return numeric_error(self._results(self.model, _JUDGED), self._results(model, _JUDGED))
+    def _harm(
+        self, menus: Sequence[Menu], menu: Menu, share: float, expected: dict[str, np.ndarray]
+    ) -> float:
+        """What an error of one layer does to the outputs, as a multiple of it.
 
-    def _results(self, model: ir.Model, count: int) -> dict[str, np.ndarray]:
-        """All results of a model on some samples, by output and number."""
-        assert self.samples is not None
-        step = max(1, len(self.samples) // count)
+        Where the outputs are far off it says little of smaller errors: then one is looked at.
+        """
+        # an option with no error says nothing of the next
+        telling = sorted((o for o in menu.options if o.error > 1e-9), key=lambda o: o.error)
+        if not telling:
+            return 1.0
+        probe = min(telling, key=lambda o: abs(o.gain - share * menu.whole))
+        harm = 1.0
+        for _ in range(_TRIALS):
+            alone: Choice = tuple(probe if other is menu else None for other in menus)
+            changed = self._results(self.apply(menus, alone, again=False))
+            noise = _noise(numeric_error(expected, changed))
+            harm = max(noise, 1e-12) / probe.error
+            smaller = [o for o in telling if o.error < probe.error / 4]
+            if noise < _FAR_OFF or not smaller:
+                break
+            probe = smaller[-1]
+        return harm
+
+    def lost(self, model: ir.Model) -> float | None:
+        """The share of the outputs' variance that a model loses on samples held out, if any."""
+        if not self.judging:
+            return None
+        self._judge = self._judge or Outputs(self.model, self.judging)
+        return self._judge.divergence(model)
+
+    def _results(self, model: ir.Model) -> dict[str, np.ndarray]:
+        """All results of a model on a few samples, by output and number."""
+        step = max(1, len(self.samples) // _WEIGHED)
         found: dict[str, np.ndarray] = {}
-        with OrtRunner(model, optimize=False) as runner:
-            for i in list(range(0, len(self.samples), step))[:count]:
+        with OrtRunner(model, optimize=False, share_weights=True) as runner:
+            for i in list(range(0, len(self.samples), step))[:_WEIGHED]:
                 made = run_on_sample(runner, self.samples[i], None, f"calibration sample {i}")
                 found |= {f"{name} {i}": array for name, array in made.items()}
         return found
@@ -275,20 +298,38 @@ def _weight(site: Site) -> np.ndarray:
 
 
 def _scale_behind(site: Site) -> np.ndarray:
-    """What each output is multiplied by in a BatchNormalization behind; ones elsewhere."""
+    """What each output is multiplied by in a normalization behind, through sums; ones elsewhere."""
     ones = np.ones(site.outputs)
-    users = list(site.node.outputs[0].uses())
-    if len(users) != 1 or not is_onnx_op(users[0].node, "BatchNormalization"):
+    gamma = _gamma_behind(site)
+    if gamma is None or gamma.size != site.outputs or not gamma.any():
         return ones
-    norm = users[0].node
+    scale = np.abs(gamma.astype(np.float64).reshape(-1))
+    return np.maximum(scale, _LEAST_SCALE * float(scale.max()))
+
+
+def _gamma_behind(site: Site) -> np.ndarray | None:
+    value = site.node.outputs[0]
+    for _ in range(_SUMS):
+        users = [use.node for use in value.uses()]
+        for user in users:
+            if site.is_conv and is_onnx_op(user, "BatchNormalization"):
+                return _batch_norm_factor(user)
+            if not site.is_conv and user.op_type in _ROW_NORMS and len(user.inputs) > 1:
+                return constant_array(user.inputs[1])
+        sums = [user for user in users if is_onnx_op(user, "Add")]
+        if not sums or (site.is_conv and len(users) > 1):
+            return None
+        value = sums[0].outputs[0]
+    return None
+
+
+def _batch_norm_factor(norm: ir.Node) -> np.ndarray | None:
     gamma, variance = constant_array(norm.inputs[1]), constant_array(norm.inputs[4])
     if gamma is None or variance is None or attribute(norm, "training_mode", 0):
-        return ones
-    spread = np.sqrt(
-        np.maximum(variance.astype(np.float64), 0.0) + attribute(norm, "epsilon", 1e-5)
-    )
-    scale: np.ndarray = np.abs(gamma.astype(np.float64)) / spread
-    return np.maximum(scale, 1e-3 * scale.max()) if scale.any() else ones
+        return None
+    spread = np.maximum(variance.astype(np.float64), 0.0) + attribute(norm, "epsilon", 1e-5)
+    factor: np.ndarray = gamma / np.sqrt(spread)
+    return factor
 
 
 def _unshaped(node: ir.Node) -> bool:
