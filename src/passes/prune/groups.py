@@ -26,12 +26,13 @@ from ...ir.graph import (
     static_shape,
 )
 from ...ir.shapes import infer_shapes
-from . import rules, rules_movement, rules_norms, rules_recurrent
+from . import rules, rules_movement, rules_norms, rules_recurrent, rules_selection
 from .flow import RULES, Flow, View, is_parameter
 from .labels import Labels, Track
 from .resolve import Resolved, mixed, resolve
 
-RULE_MODULES = (rules, rules_movement, rules_norms, rules_recurrent)  # they register their rules
+RULE_MODULES = (rules, rules_movement, rules_norms, rules_recurrent, rules_selection)
+"""They register their rules."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -173,7 +174,7 @@ def _unshare_vectors(model: ir.Model) -> None:
 
 def _copy(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     if is_absent(tensor):
-        return AbsentTensor(tensor.name or "", tensor.dtype, tensor.shape)
+        return AbsentTensor(tensor.name or "", tensor.dtype, ir.Shape(list(tensor.shape.numpy())))
     return ir.Tensor(tensor.numpy(), dtype=tensor.dtype)
 
 
@@ -348,6 +349,8 @@ def _reach(flow: Flow, resolved: Resolved) -> float:
     total = reached = 0
     known = set()
     for value, shape, tracks in parameter_tracks(flow):
+        if value.dtype == ir.DataType.BOOL:  # a mask
+            continue
         held = np.zeros([1] * len(shape), bool)
         for track in tracks:
             free = resolved.blocked[resolved.root[track.ids]] == 0

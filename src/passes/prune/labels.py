@@ -90,7 +90,7 @@ class Labels:
         self.stems.append((stems.reshape(-1), rows.reshape(stems.size, -1)))
 
     def column(self, columns: np.ndarray, rows: np.ndarray) -> None:
-        """`columns[j]` goes exactly when all of `rows[:, j]` go: a dimension, the same in all heads.
+        """`columns[j]` goes exactly when all of `rows[:, j]` go: a dimension, alike in all heads.
 
         Where heads are removed whole (`resolve`), columns stay.
         """
@@ -134,9 +134,13 @@ class Labels:
         left = tuple(track.axes[i] for i in kept)
         if track.ids.ndim - 1 not in gone:
             return Track(left, self.unite_along(track.ids, gone))
-        stems = self.new(*(track.ids.shape[i] for i in kept))
-        self.stem(stems, track.ids.transpose([*kept, *gone]))
-        return Track(left, stems)
+        sizes = [track.ids.shape[i] for i in kept]
+        rows = track.ids.transpose([*kept, *gone]).reshape(math.prod(sizes), -1)
+        # the same row twice (a batch of heads in one axis) is one stem
+        distinct, which = np.unique(rows, axis=0, return_inverse=True)
+        stems = self.new(len(distinct))
+        self.stem(stems, distinct)
+        return Track(left, stems[which.reshape(-1)].reshape(sizes))
 
     def uniform(self, track: Track, axes: Sequence[int], reason: str) -> Track | None:
         """The track where `axes` of the tensor keep their size: labels along them are united."""
@@ -315,6 +319,9 @@ Piece = tuple[tuple[int, ...], tuple[int, ...]]
 
 def factor(before: Sequence[Dim], after: Sequence[Dim]) -> list[Piece] | None:
     """The smallest runs of axes with equal products; axes of size 1 go with what they touch."""
+    matched = _up_to_ones(before, after)
+    if matched is not None:
+        return matched
     pieces: list[Piece] = []
     i = j = 0
     while i < len(before) or j < len(after):
@@ -345,6 +352,28 @@ def factor(before: Sequence[Dim], after: Sequence[Dim]) -> list[Piece] | None:
         pieces.append((tuple(ins), tuple(outs)))
         i, j = i + len(ins), j + len(outs)
     return pieces
+
+
+def _up_to_ones(before: Sequence[Dim], after: Sequence[Dim]) -> list[Piece] | None:
+    """Equal axes in pairs, where what is left over can only be of size 1.
+
+    [batch, 128, t] -> [1, batch, 128]: as many elements before as after, so t is 1.
+    """
+    ins = [i for i, d in enumerate(before) if d != 1]
+    outs = [j for j, d in enumerate(after) if d != 1]
+    long, short = (before, after) if len(ins) >= len(outs) else (after, before)
+    waiting = ins if long is before else outs
+    pairs, spare = [], []
+    for b in outs if long is before else ins:
+        while waiting and not _same(long[waiting[0]], short[b]):
+            spare.append(waiting.pop(0))
+        if not waiting:
+            return None
+        pairs.append((waiting.pop(0), b))
+    spare += waiting
+    if not spare or any(isinstance(long[a], int) for a in spare):
+        return None
+    return [((a,), (b,)) if long is before else ((b,), (a,)) for a, b in pairs]
 
 
 def _run_sizes(

@@ -282,7 +282,11 @@ def _pass_other_axes(flow: Flow, node: ir.Node, axes: IntList | None, why: str) 
     kept = []
     for track in flow.of(node.inputs[0]):
         held = track.axes if axes is None else [a for a in axes if a in track.axes]
-        left = flow.labels.uniform(track, held) if axes is not None else None
+        left = (
+            flow.labels.uniform(track, held, f"{where_is(node)}: {why}")
+            if axes is not None
+            else None
+        )
         if left is None:
             flow.labels.block(track.ids, f"{where_is(node)}: {why}")
         else:
@@ -307,7 +311,9 @@ def _gather(flow: Flow, node: ir.Node) -> None:
         if axis not in track.axes:
             tracks.append(track.moved(to))
         elif array is None:
-            left = flow.labels.uniform(track, [axis])
+            left = flow.labels.uniform(
+                track, [axis], f"{where_is(node)}: what it picks is computed"
+            )
             if left is not None:
                 tracks.append(left.moved(to))
         else:
@@ -346,7 +352,7 @@ def _gather_nd(flow: Flow, node: ir.Node) -> None:
     depth = shape[-1]
     kept = []
     for track in flow.of(data):
-        left = flow.labels.uniform(track, range(depth))
+        left = flow.labels.uniform(track, range(depth), f"{where_is(node)}: picks from this axis")
         if left is not None:
             kept.append(
                 left.moved({a: a - depth + len(shape) - 1 for a in range(depth, len(dims))})
@@ -374,7 +380,7 @@ def _tile(flow: Flow, node: ir.Node) -> None:
     tracks = []
     for track in flow.of(node.inputs[0]):
         times = None if repeats is None else [int(repeats[a]) for a in track.axes]
-        if times is None or (len(times) > 1 and max(times) > 1):
+        if times is None:
             flow.labels.block(track.ids, f"{where_is(node)}: how often it repeats is not known")
             continue
         tracks.append(Track(track.axes, np.tile(track.ids, times)))
@@ -435,7 +441,11 @@ def _resize(flow: Flow, node: ir.Node) -> None:
             for a in track.axes
             if before is None or after is None or str(before[a]) != str(after[a])
         ]
-        left = flow.labels.uniform(track, changed) if changed else track
+        left = (
+            flow.labels.uniform(track, changed, f"{where_is(node)}: changes the size of this axis")
+            if changed
+            else track
+        )
         if left is not None:
             tracks.append(left)
     flow.put(node.outputs[0], tracks)
