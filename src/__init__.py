@@ -53,6 +53,10 @@ if TYPE_CHECKING:
     from .passes.rules import RuleGroup as RuleGroup
     from .passes.rules import explain as explain
     from .search.mixed import Mixed as Mixed
+    from .search.prune_scan import PruneScan as PruneScan
+    from .search.prune_scan import prune_scan as prune_scan
+    from .search.prune_search import Pruned as Pruned
+    from .search.prune_search import prune as prune
     from .search.result import SweepResult as SweepResult
     from .search.sensitivity import Sensitivity as Sensitivity
     from .search.sensitivity import sensitivity as sensitivity
@@ -101,6 +105,10 @@ _HOMES = {
     "Mixed": ("search.mixed", "Mixed"),
     "Sensitivity": ("search.sensitivity", "Sensitivity"),
     "sensitivity": ("search.sensitivity", "sensitivity"),
+    "PruneScan": ("search.prune_scan", "PruneScan"),
+    "prune_scan": ("search.prune_scan", "prune_scan"),
+    "Pruned": ("search.prune_search", "Pruned"),
+    "prune": ("search.prune_search", "prune"),
     "SweepResult": ("search.result", "SweepResult"),
     "sweep": ("search.sweep", "sweep"),
     "get_target": ("targets.registry", "get_target"),

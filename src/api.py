@@ -26,7 +26,7 @@ from .errors import EdgepassError, UnsupportedOpError
 from .frontends import load_notes, load_supported
 from .ir.graph import all_nodes, graph_tree
 from .ir.sizing import check_dims, dim_name, fix_dims
-from .passes.base import Context, Feed, Pass
+from .passes.base import Context, Feed, Pass, Stage
 from .passes.bisect import BisectResult, bisect_passes
 from .passes.driver import run_passes, sort_by_stage
 from .passes.ledger import Ledger
@@ -119,7 +119,8 @@ def compile(  # noqa: A001 - the name users look for
     original = graph.clone() if timed else None
     hinted = recipe == "default" and device.scheme is not None and len(graph.graph) <= _HINTED
     guarded = not force and bool(promises_speed(wanted))
-    imported = Architecture(without_weights(graph)) if hinted or guarded else None
+    pruned = any(item.stage is Stage.PRUNE for item in wanted)
+    imported = Architecture(without_weights(graph)) if hinted or guarded or pruned else None
     probe = Probe(sample.feed) if check_numerics and sample.runs else None
     graph, ledger = run_passes(graph, chosen, context, probe=probe)
     _judge(ledger, chosen, strict, notes, _lossless_bound(graph))
@@ -138,6 +139,8 @@ def compile(  # noqa: A001 - the name users look for
     )
     if hinted and imported is not None:
         notes.append(_what_int8_adds(imported, report, device, sizes))
+    if pruned and imported is not None:
+        ledger.remarks += _predicted(imported, report, device, sizes)
     if profile is not None:
         notes += of_others(profile, device)
     compiled = Compiled(
@@ -323,6 +326,17 @@ def _what_int8_adds(
         f'this recipe is lossless; recipe="int8" with calibration samples would take the file '
         f"from {saved} (computed), and latency from {before.latency} to {after.latency}"
     )
+
+
+def _predicted(
+    net: Architecture, after: CostReport, target: Target, dims: Mapping[str, int]
+) -> list[str]:
+    """What a pruned model is predicted to take, beside the model as it was imported."""
+    return [
+        f"predicted for {target.name}: {after.latency}; without pruning, in float: {row.latency}"
+        for row in net.estimate(target, ["fp32"], dims=dims).rows
+        if row.latency.ms is not None and after.latency.ms is not None
+    ]
 
 
 def _with_measured(report: CostReport, speed: Speed | None) -> CostReport:

@@ -109,7 +109,6 @@ RECIPES: dict[str, Recipe] = {
 _PLUS = re.compile(r"\+(?![^{]*\})")
 """A plus outside braces."""
 _PERCENT = re.compile(r"(prune|sparsify)(\d{1,2})$")
-_PERCENT_PASSES = {"prune": "sparsify", "sparsify": "sparsify"}
 """`prune50` is the pass at `ratio=0.5`."""
 
 
@@ -198,7 +197,7 @@ def _expand(spec: PassSpec) -> list[Pass]:
         ]
     percent = _PERCENT.match(spec.name)
     if percent and not spec.options:
-        spec = PassSpec(_PERCENT_PASSES[percent[1]], (("ratio", int(percent[2]) / 100),))
+        spec = PassSpec(percent[1], (("ratio", int(percent[2]) / 100),))
     return [build_pass(find_pass(spec.name), spec)]
 
 

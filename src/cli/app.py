@@ -9,7 +9,17 @@ from typing import Annotated
 
 import typer
 
-from . import build, estimating, evaluating, inspecting, look, optimizing, sweeping, trying
+from . import (
+    build,
+    estimating,
+    evaluating,
+    inspecting,
+    look,
+    optimizing,
+    pruning,
+    sweeping,
+    trying,
+)
 
 app = typer.Typer(
     name="edgepass",
@@ -50,6 +60,7 @@ for command in (
     evaluating.evaluate,
     sweeping.sweep,
     trying.sensitivity,
+    pruning.prune,
     look.targets,
     look.passes,
     look.show,
