@@ -64,8 +64,11 @@ class Flow:
         return self.tracks[value]
 
     def put(self, value: ir.Value, tracks: Sequence[Track]) -> None:
-        """Set the tracks of what a node computes."""
-        self.tracks[value] = tuple(tracks)
+        """Set the tracks of what a node computes. A unit that is alone stays, with all it is."""
+        for track in tracks:
+            if track.ids.size == 1:
+                self.labels.block(track.ids, f"there is only one at {value.name!r}")
+        self.tracks[value] = tuple(t for t in tracks if t.ids.size != 1)
 
     def at(self, value: ir.Value | None, axis: int) -> Track | None:
         """The track of a value that holds an axis."""

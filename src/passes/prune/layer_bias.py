@@ -1,7 +1,7 @@
 """Biases of linear layers, wherever the graph keeps them.
 
-Here: `with_bias`, a layer's result including its bias, and `set_bias`, which makes a place for a
-bias where there is none. Not here: what the bias is to be (`repair`).
+Here: `with_bias`, a layer's result including its bias, `set_bias`, which makes a place for a bias
+where there is none, and `add_to_bias`. Not here: what the bias is to be (`repair`).
 """
 
 from __future__ import annotations
@@ -36,6 +36,25 @@ def set_bias(model: ir.Model, layer: LinearLayer, bias: np.ndarray) -> None:
     node.replace_input_with(index, add_initializer(model.graph, base, bias))
     if old is not None:
         drop_unused_constant(old)
+
+
+def add_to_bias(
+    model: ir.Model, layer: LinearLayer, change: np.ndarray
+) -> tuple[ir.Value, ir.Value] | None:
+    """Change the layer's bias; the bias and the result with it. None where it is not a constant."""
+    behind = _add_behind(layer)
+    old = layer.bias if behind is None else behind[0].inputs[behind[1]]
+    bias = np.zeros(1) if old is None else constant_array(old)
+    if bias is None or bias.size not in (1, change.size):
+        return None
+    dtype = layer.weight.dtype
+    assert dtype is not None
+    set_bias(model, layer, (bias.reshape(-1) + change).astype(dtype.numpy()))
+    behind = _add_behind(layer)
+    node, index = behind if behind is not None else (layer.node, 2)
+    made = node.inputs[index]
+    assert made is not None
+    return made, node.outputs[0]
 
 
 def _add_behind(layer: LinearLayer) -> tuple[ir.Node, int] | None:

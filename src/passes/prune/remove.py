@@ -13,6 +13,7 @@ import onnx_ir as ir
 from ...errors import InvalidGraphError
 from ...ir.graph import AbsentTensor, graphs, is_absent
 from ...ir.shapes import infer_shapes
+from .absorb import absorb
 from .cut import kept_sizes, take
 from .groups import Group, Groups, parameter_tracks
 from .labels import Track
@@ -23,7 +24,8 @@ def remove(model: ir.Model, groups: Groups, chosen: Mapping[Group, Sequence[int]
     """Take the chosen units out of the model that the groups were found in, in place.
 
     The groups are used up: find them again for another removal. Units are numbered within their
-    group; of groups with rows, as many of each row of a cluster must be chosen.
+    group; of groups with rows, as many of each row of a cluster must be chosen. What a channel
+    gives that is constant (its weights are zero) goes to the biases of the layers that read it.
 
     Raises:
         InvalidGraphError: rows of a cluster are left with different lengths, or nothing of a
@@ -33,6 +35,7 @@ def remove(model: ir.Model, groups: Groups, chosen: Mapping[Group, Sequence[int]
     gone = groups.labels_of(chosen)
     if not gone.any():
         return
+    absorb(model, groups.flow, gone)
     kept = Kept(groups.flow, gone)
     for value, shape, tracks in parameter_tracks(groups.flow):
         if any(gone[t.ids].any() for t in tracks):

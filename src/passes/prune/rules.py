@@ -94,11 +94,18 @@ def _convolution(flow: Flow, node: ir.Node) -> None:
         return
     groups = int(attribute(node, "group", 1))
     spatial = range(2, 2 + len(shape) - 2)
-    tracks = [flow.labels.uniform(t, spatial) for t in flow.of(data)]
+    fixed = f"{where_is(node)}: the sizes of what it slides over are fixed"
+    tracks = [flow.labels.uniform(t, spatial, fixed) for t in flow.of(data)]
+    heads = [_beside_channels(flow, node, t) for t in tracks if t is not None and 0 in t.axes]
+    tracks = [t for t in tracks if t is not None and 0 not in t.axes]
     inputs = next((t.ids for t in tracks if t is not None and t.axes == (1,)), None)
     for track in tracks:
         if track is not None and track.axes != (1,):
             flow.labels.block(track.ids, f"{where_is(node)}: sums over more than channels")
+    if heads:
+        # the batch is made of heads: these may go, channels in each are the same for all
+        flow.put(node.outputs[0], [t for t in heads if t is not None])
+        return
     if node.op_type == "ConvTranspose":
         outputs = _transposed(flow, node, weight, shape, groups, inputs)
     elif groups == 1:
@@ -111,6 +118,12 @@ def _convolution(flow: Flow, node: ir.Node) -> None:
     bias = rest[0] if rest and node.op_type != "ConvInteger" else None
     unite_vector(flow, node, bias, outputs, "bias")
     flow.put(node.outputs[0], [Track((1,), outputs)] if outputs.size > 1 else [])
+
+
+def _beside_channels(flow: Flow, node: ir.Node, track: Track) -> Track | None:
+    """What is left of a track on the batch when the channels keep their number."""
+    reason = f"{where_is(node)}: one weight for all of these"
+    return flow.labels.uniform(track, [a for a in track.axes if a > 0], reason)
 
 
 def _matrix(
@@ -288,11 +301,12 @@ def _reduce(flow: Flow, node: ir.Node) -> None:
         return
     keep = bool(attribute(node, "keepdims", 1))
     sums = node.op_type in ("ReduceSum", "ReduceL1", "ReduceL2", "ReduceSumSquare")
+    reason = f"{where_is(node)}: takes statistics over these channels"
     found = []
     for track in flow.of(data):
         reduced = [a for a in track.axes if a in axes]
         # what is left (groups of channels) goes whole: the statistics of others stay
-        if reduced and not sums and flow.labels.uniform(track, reduced) is None:
+        if reduced and not sums and flow.labels.uniform(track, reduced, reason) is None:
             continue
         left = flow.labels.contract(track, axes)
         if left is not None:
@@ -329,9 +343,10 @@ def _along_axis(flow: Flow, node: ir.Node) -> None:
         flow.block_node(node, "its axis is computed")
         return
     axis += len(dims) if axis < 0 else 0
+    reason = f"{where_is(node)}: works along this axis"
     kept = []
     for track in flow.of(data):
-        left = flow.labels.uniform(track, [axis]) if axis in track.axes else track
+        left = flow.labels.uniform(track, [axis], reason) if axis in track.axes else track
         if left is not None:
             kept.append(left)
     drops = node.op_type.startswith("Arg") and not attribute(node, "keepdims", 1)
@@ -344,7 +359,8 @@ def pooling(flow: Flow, node: ir.Node) -> None:
     """Channels pass; whatever is along the window keeps its size."""
     data = node.inputs[0]
     rank = len(dims_of(data) or ())
-    tracks = [flow.labels.uniform(t, range(2, rank)) for t in flow.of(data)]
+    reason = f"{where_is(node)}: the sizes of what it slides over are fixed"
+    tracks = [flow.labels.uniform(t, range(2, rank), reason) for t in flow.of(data)]
     for output in node.outputs:
         flow.put(output, [t for t in tracks if t is not None])
 

@@ -7,6 +7,8 @@ that are there: such widths are removed only on request, and `remove` makes up f
 
 from __future__ import annotations
 
+import dataclasses
+
 import onnx_ir as ir
 
 from ...ir.graph import attribute, dims_of
@@ -21,7 +23,7 @@ _WIDTH = "takes statistics over these channels"
 def _batch(flow: Flow, node: ir.Node) -> None:
     data = node.inputs[0]
     rank = len(dims_of(data) or ())
-    channels = _channels(flow, data, range(2, rank))
+    channels = _channels(flow, node, data, range(2, rank))
     if channels is None:
         flow.block_node(node, "its input's channels are not followed")
         return
@@ -39,7 +41,7 @@ def _instance(flow: Flow, node: ir.Node) -> None:
         over = [a for a in track.axes if a > 1]
         if over and 1 not in track.axes:
             flow.labels.block(track.ids, f"{where_is(node)}: {_WIDTH}")
-    channels = _channels(flow, data, range(2, len(dims)))
+    channels = _channels(flow, node, data, range(2, len(dims)))
     if channels is None:
         for value in node.inputs[1:]:
             flow.block(value, f"{where_is(node)}: its input's channels are not followed")
@@ -50,11 +52,23 @@ def _instance(flow: Flow, node: ir.Node) -> None:
     flow.put(node.outputs[0], flow.of(data))
 
 
-def _channels(flow: Flow, data: ir.Value | None, spatial: range) -> Track | None:
+def _channels(flow: Flow, node: ir.Node, data: ir.Value | None, spatial: range) -> Track | None:
     for track in flow.of(data):
         if 1 in track.axes:
-            return flow.labels.uniform(track, spatial)
+            return flow.labels.uniform(track, spatial, f"{where_is(node)}: {_WIDTH}")
     return None
+
+
+def _over(flow: Flow, node: ir.Node, track: Track, axes: range) -> Track:
+    """A track under statistics over `axes`: inside of heads these keep their size."""
+    over = [a for a in track.axes if a in axes]
+    if not over or flow.widths:
+        return track
+    reason = f"{where_is(node)}: {_WIDTH}"
+    if len(over) < len(track.axes):
+        return flow.labels.uniform(track, over, reason) or track
+    flow.labels.block(track.ids, reason, "widths")
+    return track
 
 
 @rule("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
@@ -66,15 +80,13 @@ def _layer(flow: Flow, node: ir.Node) -> None:
         return
     axis = attribute(node, "axis", -1)
     axis += len(dims) if axis < 0 else 0
-    for track in flow.of(data):
-        over = [a for a in track.axes if a >= axis]
-        if not over:
-            continue
-        if not flow.widths or len(track.axes) > 1 or axis != len(dims) - 1:
-            wish = "widths" if len(track.axes) == 1 and axis == len(dims) - 1 else ""
-            flow.labels.block(track.ids, f"{where_is(node)}: {_WIDTH}", wish)
-    operands = [flow.operand(data, len(dims))]
-    operands += [flow.operand(p, len(dims)) for p in parameters if p is not None]
+    tracks = [_over(flow, node, t, range(axis, len(dims))) for t in flow.of(data)]
+    held = {a for t in tracks for a in t.axes}
+    operands = [dataclasses.replace(flow.operand(data, len(dims)), tracks=tuple(tracks))]
+    for value in parameters:
+        own = len(dims_of(value) or ())
+        if value is not None and held & set(range(len(dims) - own, len(dims))):
+            operands.append(flow.operand(value, len(dims)))
     merged = flow.merge(operands, node)
     for value in parameters:
         scale = flow.at(value, 0)
@@ -88,7 +100,7 @@ def _layer(flow: Flow, node: ir.Node) -> None:
 def _group(flow: Flow, node: ir.Node) -> None:
     data = node.inputs[0]
     rank = len(dims_of(data) or ())
-    channels = _channels(flow, data, range(2, rank))
+    channels = _channels(flow, node, data, range(2, rank))
     groups = int(attribute(node, "num_groups", 1))
     if channels is None or channels.ids.ndim != 1 or channels.ids.size % groups:
         flow.block_node(node, "its input's channels are not followed")

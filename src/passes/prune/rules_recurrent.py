@@ -60,7 +60,8 @@ def _joint(ids: np.ndarray, outer: int, inner: int) -> Track:
 def _input_labels(flow: Flow, node: ir.Node, data: ir.Value | None, weight: ir.Value) -> np.ndarray:
     shape = static_shape(weight) or (0, 0, 0)
     taken = flow.labels.new(shape[2])
-    kept = [flow.labels.uniform(t, (0, 1)) for t in flow.of(data)]
+    reason = f"{where_is(node)}: this axis is time or the batch"
+    kept = [flow.labels.uniform(t, (0, 1), reason) for t in flow.of(data)]
     own = next((t.ids for t in kept if t is not None and t.axes == (2,)), None)
     if own is None:
         flow.labels.block(taken, f"{where_is(node)}: its input's channels are not followed")
