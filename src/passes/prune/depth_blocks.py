@@ -56,8 +56,8 @@ class Block:
     needs without the branch, in graph order. `kind` is "attention" where activations are multiplied
     by activations, else "convolution", "recurrent", "product" or "pooling". `name` is the module
     path of its source where that is known. `macs` counts multiply-accumulates (None: not known),
-    `parameters` weights. `layer` numbers the runs of blocks that belong together: an attention and the products
-    that follow it.
+    `parameters` weights. `layer` numbers the runs of blocks that belong together: an attention and
+    the products that follow it.
     """
 
     name: str
@@ -123,7 +123,8 @@ def find_blocks(model: ir.Model, dims: Mapping[str, int] | None = None) -> Found
     - f has the shape of the sum, and so has what is left of the sum without it;
     - what f is computed from depends on the rest of the graph through x, constants, and values that
       do not depend on x (masks, rotary tables);
-    - what lies between x and f is used for nothing else;
+    - what lies between x and f is used for nothing else, but for a norm or an activation of x that
+      branches side by side read;
     - it multiplies or pools something: sums within an activation function are no blocks.
 
     x may be moved, cast or scaled by a constant on its way to the sum, and may be one term of a
@@ -255,11 +256,14 @@ class _Search:
                 at = self._position(value)
                 if at is None or at <= start or value.producer() in inside:
                     continue
-                if self._depends(value, entry, start, independent):
+                if not self._depends(value, entry, start, independent):
+                    continue
+                if self._works(value, entry, start):
                     return f"{value.name!r} lies within the branch and is used elsewhere"
+                reached.add(value)  # a norm of x that two branches read
             if not inputs.isdisjoint(reached):
                 reached.update(node.outputs)
-                if facts(node).category in _WORKING or any(node_subgraphs(node)):
+                if _is_working(node):
                     working.append(node)
         if branch not in reached:
             return None
@@ -319,6 +323,21 @@ class _Search:
         independent |= visited
         return False
 
+    def _works(self, value: ir.Value, entry: ir.Value, start: int) -> bool:
+        """Whether anything is multiplied or pooled on the way from `entry` to a value."""
+        stack, visited = [value], {value, entry}
+        while stack:
+            producer = stack.pop().producer()
+            at = None if producer is None else self.position.get(producer)
+            if producer is None or at is None or at <= start:
+                continue
+            if _is_working(producer):
+                return True
+            new = [v for v in _read(producer) if v not in visited]
+            visited.update(new)
+            stack += new
+        return False
+
     def _why_shared(self, branch: ir.Value, entry: ir.Value, start: int) -> str | None:
         if not self._depends(branch, entry, start, set()):
             return None
@@ -332,6 +351,10 @@ class _Search:
         if producer is None:
             return -1
         return self.position.get(producer)
+
+
+def _is_working(node: ir.Node) -> bool:
+    return facts(node).category in _WORKING or any(True for _ in node_subgraphs(node))
 
 
 def _read(node: ir.Node) -> Iterator[ir.Value]:

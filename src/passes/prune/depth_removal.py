@@ -25,22 +25,29 @@ def remove_blocks(model: ir.Model, blocks: Sequence[Block]) -> list[tuple[ir.Nod
     names: values of the same name hold what the rest of the model is to get, with and without the
     blocks. An Identity that is read by another only is left out.
     """
+    cuts: dict[ir.Node, set[int]] = {}
+    axes = {block.add: _channel_axis(block) for block in blocks}
+    for block in blocks:
+        ((user, slot),) = block.branch.uses()
+        cuts.setdefault(user, set()).add(slot)
     editor = Editor()
     places = {}
-    for block in blocks:
-        uses = list(block.branch.uses())
-        if len(uses) != 1 or uses[0].node.graph is None:
-            continue  # it lay within a block that is gone
-        user, slot = uses[0].node, uses[0].idx
-        rest = [v for i, v in enumerate(user.inputs) if i != slot and v is not None]
+    for node in list(model.graph):
+        if node not in cuts:
+            continue
+        rest = [v for i, v in enumerate(node.inputs) if i not in cuts[node] and v is not None]
+        if not rest:  # a term of a longer sum
+            for user, slot in node.outputs[0].uses():
+                cuts.setdefault(user, set()).add(slot)
+                axes.setdefault(user, axes[node])
+            continue
         op_type = "Identity" if len(rest) == 1 else "Sum"
-        place = editor.insert_before(user, ir.Node("", op_type, rest, num_outputs=1))
-        name = user.outputs[0].name
-        editor.replace_node(user, place.outputs[0])
+        place = editor.insert_before(node, ir.Node("", op_type, rest, num_outputs=1))
+        name = node.outputs[0].name
+        editor.replace_node(node, place.outputs[0])
         place.outputs[0].name = name
         if op_type == "Identity":
-            places[place] = _channel_axis(block)
-        _sweep(block.branch)
+            places[place] = axes[node]
     DeadCode().run(model, Context())
     left = [(node, places[node]) for node in model.graph if node in places]
     last = [(node, axis) for node, axis in left if not _read_by_place_only(node, places)]
@@ -72,17 +79,3 @@ def _read_by_place_only(node: ir.Node, places: dict[ir.Node, int]) -> bool:
     value = node.outputs[0]
     uses = list(value.uses())
     return not value.is_graph_output() and len(uses) == 1 and uses[0].node in places
-
-
-def _sweep(value: ir.Value) -> None:
-    """Remove what makes a value that nothing uses any more, so that it counts as gone."""
-    stack = [value.producer()]
-    while stack:
-        node = stack.pop()
-        if node is None or not isinstance(node.graph, ir.Graph):
-            continue
-        if any(v.uses() or v.is_graph_output() for v in node.outputs):
-            continue
-        inputs = [v for v in node.inputs if v is not None]
-        node.graph.remove(node, safe=True)
-        stack += [v.producer() for v in inputs]
