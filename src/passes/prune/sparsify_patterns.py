@@ -54,9 +54,7 @@ class Pattern:
             return smallest(scores.reshape(-1), count).reshape(scores.shape)
         return self._blocks(scores, out_axis, in_axis, ratio)
 
-    def _blocks(
-        self, scores: np.ndarray, out_axis: int, in_axis: int, ratio: float
-    ) -> np.ndarray:
+    def _blocks(self, scores: np.ndarray, out_axis: int, in_axis: int, ratio: float) -> np.ndarray:
         moved = np.moveaxis(scores, (out_axis, in_axis), (0, 1))
         height, width = self.block
         down, across = (-(-n // s) for n, s in zip(moved.shape, self.block, strict=False))
