@@ -49,7 +49,8 @@ class Outputs:
     def divergence(self, model: ir.Model) -> float:
         """The squared error of another model's outputs by their variance, over the worst output.
 
-        0 is the same model, 1 no better than the mean output; infinite where it is not finite.
+        The variance is that of each place along the last axis (each class, each feature). 0 is the
+        same model, 1 no better than the mean output; infinite where it is not finite.
         """
         found = self._run(model)
         worst = 0.0
@@ -62,14 +63,18 @@ class Outputs:
 
 
 def _unexplained(wanted: Sequence[np.ndarray], given: Sequence[np.ndarray]) -> float:
-    errors = total = squares = count = 0.0
-    for a, b in zip(wanted, given, strict=True):
-        if a.shape != b.shape:
-            return float("inf")
-        x, y = a.astype(np.float64), b.astype(np.float64)
-        errors += float(np.square(x - y).sum())
-        total, squares, count = total + x.sum(), squares + np.square(x).sum(), count + x.size
-    if not np.isfinite(errors):
+    if any(a.shape != b.shape for a, b in zip(wanted, given, strict=True)):
         return float("inf")
-    variance = squares - total * total / max(1.0, count)
-    return errors / variance if variance > 1e-12 * max(squares, 1e-30) else float(errors > 0)
+    width = wanted[0].shape[-1] if wanted[0].ndim else 1
+    if any((a.shape[-1] if a.ndim else 1) != width for a in wanted):
+        width = 1
+    x, y = (
+        np.concatenate([a.astype(np.float64).reshape(-1, width) for a in arrays])
+        for arrays in (wanted, given)
+    )
+    error = float(np.square(x - y).sum())
+    if not np.isfinite(error):
+        return float("inf")
+    around = x - (x.mean(axis=0) if len(x) > 1 else x.mean())
+    variance, power = float(np.square(around).sum()), float(np.square(x).sum())
+    return error / variance if variance > 1e-12 * power else float(error > 1e-12 * power)

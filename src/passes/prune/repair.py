@@ -1,7 +1,7 @@
 """Repair without training: the weights of a pruned model solved again, one layer after the other.
 
-Here: `repair`, which goes through the linear layers of a pruned model in graph order and solves each
-by least squares for the results of the model before pruning, given the inputs that the layers
+Here: `repair`, which goes through the linear layers of a pruned model in graph order and solves
+each by least squares for the results of the model before pruning, given the inputs that the layers
 repaired so far make. Not here: the arithmetic (`least_squares`), what to remove (`selection`).
 
 He et al. 2017, "Channel pruning for accelerating very deep neural networks", arXiv:1707.06168,
@@ -36,6 +36,8 @@ MAX_INPUTS = 2304
 _ROWS_PER_INPUT = 12
 _FEWEST_ROWS = 8192
 _BUDGET = 1 << 28
+_TOGETHER = 1024
+"""Rows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +88,9 @@ def repair(
     return Repaired(len(work), solved, wide)
 
 
+_Pair = tuple[np.ndarray, np.ndarray]
+
+
 class _Item:
     """A layer to be solved: what it reads, what it is to give, and sums over both.
 
@@ -102,6 +107,7 @@ class _Item:
         self.kept = kept
         self.stream: ir.Value | None = None
         self.halves = (Moments(layer), Moments(layer))
+        self.waiting: list[list[_Pair]] = [[], []]
 
     @classmethod
     def of(
@@ -155,15 +161,35 @@ class _Item:
             y = np.take(y, self.kept, self.layer.channel_axis)
         if self.stream is not None:
             y = y - found[self.stream.name or ""]
-        rows = max(_FEWEST_ROWS, _ROWS_PER_INPUT * self.layer.shape[1])
+        if x.shape[: self.layer.channel_axis] != y.shape[: self.layer.channel_axis]:
+            return
         # by content: no order of the samples changes who teaches and who judges
-        half = self.halves[zlib.crc32(np.ascontiguousarray(x).data) % 2]
-        half.add(x, y, max(16, -(-rows // samples)))
+        half = zlib.crc32(np.ascontiguousarray(x).data) % 2
+        rows = max(_FEWEST_ROWS, _ROWS_PER_INPUT * self.layer.shape[1])
+        limit = max(16, -(-rows // samples))
+        if self.layer.node.op_type == "Conv":
+            self.halves[half].add(x, y, limit)
+            return
+        # few rows a sample cost as much as many: they are put together
+        positions = self.layer.positions(x, limit)
+        pair = self.layer.inputs(x, positions)[0], self.layer.outputs(y, positions)[0]
+        self.waiting[half].append(pair)
+        if sum(len(a) for a, _ in self.waiting[half]) > _TOGETHER:
+            self._fold(half)
+
+    def _fold(self, half: int) -> None:
+        """Fold in the rows that wait."""
+        if self.waiting[half]:
+            x, y = (np.concatenate(arrays) for arrays in zip(*self.waiting[half], strict=True))
+            self.halves[half].add(x, y, 0)
+            self.waiting[half] = []
 
     def solve(self, model: ir.Model) -> bool:
         """Put the new weights into the model."""
         weight = constant_array(self.layer.weight)
         assert weight is not None
+        self._fold(0)
+        self._fold(1)
         found = solve(self.halves, self.layer.matrix(weight.astype(np.float64)))
         if found is None:
             return False

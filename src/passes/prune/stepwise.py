@@ -22,8 +22,8 @@ from ..probe import run_on_sample
 class Stepwise:
     """The values of a model's main graph on some samples, computed as they are asked for.
 
-    Weights of nodes that have not run yet may be changed between calls. The graph's nodes must be in
-    topological order. Memory: for each sample, the values that nodes not run yet read.
+    Weights of nodes that have not run yet may be changed between calls. The graph's nodes must be
+    in topological order. Memory: for each sample, the values that nodes not run yet read.
     """
 
     def __init__(self, model: ir.Model, samples: Sequence[Feed]) -> None:

@@ -36,15 +36,15 @@ _LEAST_RATIO = 0.03
 class StructuredPrune(Pass):
     """Removes channels, dimensions of heads and features: fewer weights and products.
 
-    `ratio` is the share of the units of every group that leaves. With calibration samples units are
-    chosen by what the layers behind them can't make up for, and these layers are then solved again;
-    without, by magnitude, and nothing is repaired. `importance`: auto, reconstruction, activation,
-    l1, l2, median or random. `allocation`: uniform, or global (more from where it costs less, up to
-    `spread` more or less than `ratio`, the parameters in all being the same). `heads`: dimensions of
-    heads or whole ones, or auto. `widths` lets go of what a LayerNormalization takes statistics
-    over. `only` and `exclude` are names of groups (with *), or kinds of units. `multiple` is what
-    widths are multiples of; 0: what the target's vectors like. `limit` is the share of the outputs'
-    variance that may be lost on samples held out; beyond it less is pruned.
+    `ratio` is the share of the units of every group that leaves. With calibration samples units
+    are chosen by what the layers behind them can't make up for, and all layers are then solved
+    again; without, by magnitude, and nothing is repaired. `importance`: auto, reconstruction,
+    activation, l1, l2, median or random. `allocation`: uniform, or global (more from where it costs
+    less, up to `spread` more or less than `ratio`, the parameters in all being the same). `heads`:
+    dimensions of heads or whole ones, or auto. `widths` lets go of what a LayerNormalization takes
+    statistics over. `only` and `exclude` are names of groups (with *), or kinds of units.
+    `multiple` is what widths are multiples of; 0: what the target's vectors like. `limit` is the
+    share of the outputs' variance that may be lost on samples held out; beyond it less is pruned.
     """
 
     name = "prune"
@@ -81,6 +81,11 @@ class StructuredPrune(Pass):
             raise _bad_option("multiple", "a negative number of channels", "0 or more")
         if self.limit <= 0:
             raise _bad_option("limit", "no model is that close to another", "a limit over 0")
+
+    def takes(self, group: Group) -> bool:
+        """Whether `only` and `exclude` leave the group to be pruned."""
+        wanted = not self.only or _named(group, self.only)
+        return wanted and not _named(group, self.exclude)
 
     def run(self, model: ir.Model, context: Context) -> PassResult:
         """See `Pass.run`."""
@@ -170,12 +175,7 @@ class _Work:
 
     def _taken(self, groups: Groups) -> list[Group]:
         """The groups that can and are to be pruned."""
-        return [
-            group
-            for group in groups.free
-            if (not self.options.only or _named(group, self.options.only))
-            and not _named(group, self.options.exclude)
-        ]
+        return [group for group in groups.free if self.options.takes(group)]
 
     def _statistics(self, model: ir.Model, groups: Groups) -> dict:
         if not self.teaching:
