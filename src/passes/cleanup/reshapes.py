@@ -62,6 +62,8 @@ class MergeReshapes(CleanupRule):
     def check(self, m: Match, context: Context) -> str | None:
         if same_shape(m["x"], m.root.outputs[0]):
             return must_stay(m.root.outputs[0], m["x"])
+        if _asserts(m.node("inner")):
+            return "a Squeeze says that a dimension is 1"
         return None if _target(m) is not None else "the shape depends on more than one symbol"
 
     def rewrite(self, m: Match, build: Builder) -> ir.Value:
@@ -72,6 +74,15 @@ class MergeReshapes(CleanupRule):
         zero = target.size > 0 and not target.all() and not _copies(m)
         value: ir.Value = build.Reshape(m["x"], target, allowzero=1 if zero else None)
         return value
+
+
+def _asserts(node: ir.Node) -> bool:
+    """Whether a Squeeze drops dimensions that only it says to be 1: a Reshape would lose that."""
+    dims = dims_of(node.inputs[0])
+    if not is_onnx_op(node, "Squeeze") or dims is None:
+        return False
+    axes = axes_of(node, len(dims))
+    return axes is not None and any(dims[a] != 1 for a in axes)
 
 
 def _copies(m: Match) -> bool:
