@@ -16,8 +16,9 @@ from ...ir.shapes import infer_shapes
 from .absorb import absorb
 from .cut import kept_sizes, take
 from .groups import Group, Groups, parameter_tracks
+from .kept import Kept
 from .labels import Track
-from .resize import Kept, resize
+from .resize import resize
 
 
 def remove(model: ir.Model, groups: Groups, chosen: Mapping[Group, Sequence[int]]) -> None:

@@ -1,6 +1,7 @@
 """Nodes that state sizes, once channels have gone: reshapes, cuts, paddings, groups, heads.
 
-Here: `resize`, for one node. Not here: parameters (`remove`).
+Here: `resize`, for one node. Not here: parameters (`remove`), statistics over channels
+(`resize_norms`).
 """
 
 from __future__ import annotations
@@ -13,48 +14,14 @@ import onnx_ir as ir
 
 from ...ir.edit import Builder, Editor
 from ...ir.graph import attribute, constant_array, dims_of
-from .cut import kept_sizes, take
-from .flow import Flow
+from .cut import take
+from .kept import Kept
 from .labels import Track
+from .resize_norms import NORMS
 from .rules_movement import pads_of, slice_parts
 
 _LAST = -(1 << 62)
 """The end of a Slice that runs backwards past the first element."""
-
-
-class Kept:
-    """What stays of every value."""
-
-    def __init__(self, flow: Flow, gone: np.ndarray) -> None:
-        self.flow = flow
-        self.gone = gone
-
-    def changed(self, value: ir.Value | None) -> list[Track]:
-        """The tracks of a value that lose positions."""
-        if value is None:
-            return []
-        return [t for t in self.flow.tracks.get(value, ()) if self.gone[t.ids].any()]
-
-    def sizes(self, value: ir.Value | None) -> dict[int, int]:
-        """The new size of each axis that loses positions."""
-        found: dict[int, int] = {}
-        for track in self.changed(value):
-            found |= dict(zip(track.axes, kept_sizes(~self.gone[track.ids]), strict=True))
-        return found
-
-    def positions(self, value: ir.Value | None, axis: int) -> np.ndarray | None:
-        """A mask along an axis of what stays (of the first row that does), or None: all of it."""
-        for track in self.changed(value):
-            if axis in track.axes:
-                stays = ~self.gone[track.ids]
-                place = track.axes.index(axis)
-                moved = np.moveaxis(stays, place, -1).reshape(-1, stays.shape[place])
-                if place < stays.ndim - 1:
-                    mask: np.ndarray = moved.any(axis=0)
-                    return mask
-                first: np.ndarray = moved[int(moved.any(axis=1).argmax())]
-                return first
-        return None
 
 
 def resize(node: ir.Node, kept: Kept) -> None:
@@ -281,13 +248,6 @@ def _attention(node: ir.Node, kept: Kept) -> None:
                 _set(node, name, int(stays.any(axis=1).sum()))
 
 
-def _group_norm(node: ir.Node, kept: Kept) -> None:
-    mask = kept.positions(node.inputs[0], 1)
-    if mask is not None:
-        groups = int(attribute(node, "num_groups", 1))
-        _set(node, "num_groups", int(mask.reshape(groups, -1).any(axis=1).sum()))
-
-
 _HANDLERS: dict[str, Callable[[ir.Node, Kept], None]] = {
     "Reshape": _reshape,
     "Expand": _expand,
@@ -303,5 +263,5 @@ _HANDLERS: dict[str, Callable[[ir.Node, Kept], None]] = {
     "GRU": _recurrent,
     "RNN": _recurrent,
     "Attention": _attention,
-    "GroupNormalization": _group_norm,
+    **NORMS,
 }

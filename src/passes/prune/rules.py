@@ -306,13 +306,31 @@ def _reduce(flow: Flow, node: ir.Node) -> None:
     for track in flow.of(data):
         reduced = [a for a in track.axes if a in axes]
         # what is left (groups of channels) goes whole: the statistics of others stay
-        if reduced and not sums and flow.labels.uniform(track, reduced, reason) is None:
+        counted = sums or (flow.widths and node.op_type == "ReduceMean" and _is_zero(data, reduced))
+        if reduced and not counted and flow.labels.uniform(track, reduced, reason) is None:
             continue
         left = flow.labels.contract(track, axes)
         if left is not None:
             found.append(left)
     kept = [a for a in range(len(dims)) if keep or a not in axes]
     flow.put(node.outputs[0], [t.moved({a: kept.index(a) for a in t.axes}) for t in found])
+
+
+def _is_zero(value: ir.Value | None, axes: Sequence[int]) -> bool:
+    """Whether channels of zeros are still zeros here, as far as can be seen.
+
+    Not behind the subtraction of a mean: a LayerNormalization in parts is to be fused first.
+    """
+    node = value.producer() if value is not None else None
+    if node is None or not is_elementwise(node):
+        return True
+    if node.op_type in ("Add", "Sub"):
+        rank = len(dims_of(value) or ())
+        for operand in node.inputs:
+            dims = dims_of(operand) or ()
+            if any(a - rank + len(dims) < 0 or dims[a - rank + len(dims)] == 1 for a in axes):
+                return False
+    return all(_is_zero(v, axes) for v in node.inputs if dims_of(v) == dims_of(value))
 
 
 def reduced_axes(node: ir.Node, rank: int) -> list[int] | None:

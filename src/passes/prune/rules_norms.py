@@ -39,8 +39,8 @@ def _instance(flow: Flow, node: ir.Node) -> None:
     dims = dims_of(data) or ()
     for track in flow.of(data):
         over = [a for a in track.axes if a > 1]
-        if over and 1 not in track.axes:
-            flow.labels.block(track.ids, f"{where_is(node)}: {_WIDTH}")
+        if over and 1 not in track.axes and not flow.widths:
+            flow.labels.block(track.ids, f"{where_is(node)}: {_WIDTH}", "widths")
     channels = _channels(flow, node, data, range(2, len(dims)))
     if channels is None:
         for value in node.inputs[1:]:
@@ -55,7 +55,9 @@ def _instance(flow: Flow, node: ir.Node) -> None:
 def _channels(flow: Flow, node: ir.Node, data: ir.Value | None, spatial: range) -> Track | None:
     for track in flow.of(data):
         if 1 in track.axes:
-            return flow.labels.uniform(track, spatial, f"{where_is(node)}: {_WIDTH}")
+            axes = () if flow.widths and node.op_type == "InstanceNormalization" else spatial
+            left = flow.labels.uniform(track, axes, f"{where_is(node)}: {_WIDTH}")
+            return None if left is None else flow.labels.contract(left, spatial)
     return None
 
 
@@ -105,10 +107,11 @@ def _group(flow: Flow, node: ir.Node) -> None:
     if channels is None or channels.ids.ndim != 1 or channels.ids.size % groups:
         flow.block_node(node, "its input's channels are not followed")
         return
-    if groups == 1:
-        flow.labels.block(channels.ids, f"{where_is(node)}: {_WIDTH}")
     rows = channels.ids.reshape(groups, -1)
-    flow.labels.unite(rows, rows[:, :1])  # whole groups go: others keep their statistics
+    if groups > 1:
+        flow.labels.unite(rows, rows[:, :1])  # whole groups go: others keep their statistics
+    elif not flow.widths:
+        flow.labels.block(channels.ids, f"{where_is(node)}: {_WIDTH}", "widths")
     for value in node.inputs[1:]:
         per_group = value is not None and dims_of(value) == (groups,)
         ids = rows[:, 0] if per_group and rows.shape[1] > 1 else channels.ids
