@@ -4,9 +4,9 @@
 
 Every task of `labelled_tasks`: the float model, then for each pattern (50 % unstructured, 2:4, 1:4)
 magnitude, Wanda, SparseGPT (zeros compared within each output), and SparseGPT's zeros with what is
-left solved again (`sparsify`'s default where there is calibration data). No training. Scores are on the whole test
-data; calibration samples are never test data. `file` is what edgepass saves, zeros packed away, of
-what it saves in float. Seconds are those of compiling.
+left solved again (`sparsify`'s default where there is calibration data). No training. Scores are on
+the whole test data; calibration samples are never test data. `file` is what edgepass saves, zeros
+packed away, of what it saves in float. Seconds are those of compiling.
 """
 
 from __future__ import annotations

@@ -278,7 +278,8 @@ class _Exactly:
         count = round(self.zeros * scores.size / max(1, self.total))
         self.zeros -= count
         self.total -= scores.size
-        return _least_of_each(scores[None], count / max(1, scores.size))[0]
+        found: np.ndarray = _least_of_each(scores[None], count / max(1, scores.size))[0]
+        return found
 
 
 def _keep(pattern: Pattern) -> Callable[[np.ndarray], np.ndarray]:
