@@ -135,8 +135,10 @@ def _rows(node: ir.Node, role: str, array: np.ndarray) -> np.ndarray | None:
         axis = 0 if role == "in" else 1
         return np.moveaxis(array, axis, 0).reshape(array.shape[axis], -1)
     if node.op_type in ("LSTM", "GRU", "RNN") and array.ndim == 3 and role == "in":
-        return np.moveaxis(array, 2, 0).reshape(array.shape[2], -1)
+        rows: np.ndarray = np.moveaxis(array, 2, 0).reshape(array.shape[2], -1)
+        return rows
     if node.op_type == "Gemm" and array.ndim == 2:
         out_axis = 0 if attribute(node, "transB", 0) else 1
-        return np.moveaxis(array, out_axis if role == "out" else 1 - out_axis, 0)
+        turned: np.ndarray = np.moveaxis(array, out_axis if role == "out" else 1 - out_axis, 0)
+        return turned
     return None

@@ -13,6 +13,9 @@ from ..quantize.moments import Moments, excess
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """How firmly the weights are held where they are, in units of the mean variance of an input."""
+_FEW_RIDGES = (1e-2, 1e-1)
+_WIDE = 2304
+"""Solving takes the cube of the inputs: of more than these, two ridges are tried."""
 
 
 def solve(halves: Sequence[Moments], matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
@@ -39,7 +42,8 @@ def _ridge(halves: Sequence[Moments], matrix: np.ndarray) -> float | None:
     problems = [half.problem(None) for half in halves]
     best, least = None, sum(float(excess(a, b, matrix).sum()) for a, b in problems)
     worse = 0
-    for ridge in sorted(RIDGES, reverse=True):
+    ridges = RIDGES if matrix.shape[1] <= _WIDE else _FEW_RIDGES
+    for ridge in sorted(ridges, reverse=True):
         loss = 0.0
         for own, other in (problems, problems[::-1]):
             loss += float(excess(*other, _solved(*own, matrix, ridge)).sum())

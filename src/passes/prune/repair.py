@@ -31,10 +31,10 @@ from .stepwise import Stepwise
 
 MAX_SAMPLES = 128
 """More samples are thinned out evenly: every layer in a row runs them all again."""
-MAX_INPUTS = 2304
+MAX_INPUTS = 4608
 """Wider layers are left as they are: solving takes the cube of it."""
 _ROWS_PER_INPUT = 12
-_FEWEST_ROWS = 8192
+_FEWEST_ROWS, _MOST_ROWS = 8192, 24576
 _BUDGET = 1 << 28
 _TOGETHER = 1024
 """Rows."""
@@ -165,7 +165,7 @@ class _Item:
             return
         # by content: no order of the samples changes who teaches and who judges
         half = zlib.crc32(np.ascontiguousarray(x).data) % 2
-        rows = max(_FEWEST_ROWS, _ROWS_PER_INPUT * self.layer.shape[1])
+        rows = min(max(_FEWEST_ROWS, _ROWS_PER_INPUT * self.layer.shape[1]), _MOST_ROWS)
         limit = max(16, -(-rows // samples))
         if self.layer.node.op_type == "Conv":
             self.halves[half].add(x, y, limit)

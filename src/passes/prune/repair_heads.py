@@ -67,8 +67,7 @@ def _rotate(group: Group, statistics: Mapping[Site, Statistics]) -> bool:
             return False
         _turn_values(first, second, known)
         return True
-    known = [statistics.get(site) for site in made]
-    if sorted(ends) != ["0", "1"] or any(k is None for k in known):
+    if {*ends} != {"0", "1"} or any(site not in statistics for site in made):
         return False
     queries, keys = (first, second) if ends == ["0", "1"] else (second, first)
     _turn_scores(queries, keys, statistics[queries.site], statistics[keys.site])

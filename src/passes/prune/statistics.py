@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
+import onnx_ir as ir
 
 from ...ir.graph import constant_array
 from ..base import Feed
-from ..quantize.capture import Gram, Progress, gram
+from ..quantize.capture import Gram, Progress, gram, gram_bytes
 from ..quantize.layers import LinearLayer, linear_layer
 from .groups import Group, Site
 from .selection import Problem
 
-MAX_INPUTS = 2304
+MAX_INPUTS = 4608
 """Wider layers have no gram matrix: their units are judged one at a time, or not at all."""
 _ROWS_PER_INPUT = 8
-_FEWEST_ROWS = 8192
+_FEWEST_ROWS, _MOST_ROWS = 8192, 18432
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,14 +69,27 @@ class Statistics:
         ]
 
 
+def batches(groups: Sequence[Group], budget: int = 1 << 29) -> Iterator[list[Group]]:
+    """Groups in runs whose sums fit in memory together."""
+    batch: list[Group] = []
+    size = 0
+    for group in groups:
+        layers = [linear_layer(site.node) for site in group.consumers or group.producers]
+        need = sum(gram_bytes(x) for x in layers if x is not None and x.shape[1] <= MAX_INPUTS)
+        if batch and size + need > budget:
+            yield batch
+            batch, size = [], 0
+        batch.append(group)
+        size += need
+    if batch:
+        yield batch
+
+
 def collect(
-    groups: Iterable[Group], samples: Sequence[Feed], model: object, progress: Progress
+    groups: Iterable[Group], samples: Sequence[Feed], model: ir.Model, progress: Progress
 ) -> dict[Site, Statistics]:
     """Statistics of all linear layers at which units of the groups are summed over, and of those
     that compute units which no such layer reads (queries and keys)."""
-    import onnx_ir as ir
-
-    assert isinstance(model, ir.Model)
     sites: dict[Site, LinearLayer] = {}
     for group in groups:
         read = group.consumers or group.producers
@@ -90,7 +104,7 @@ def collect(
             if layer.shape[1] <= MAX_INPUTS and _units(site, layer) is not None:
                 sites[site] = layer
     widest = max((layer.shape[1] for layer in sites.values()), default=1)
-    rows = max(_FEWEST_ROWS, _ROWS_PER_INPUT * widest)
+    rows = min(max(_FEWEST_ROWS, _ROWS_PER_INPUT * widest), _MOST_ROWS)
     limit = max(16, -(-rows // max(1, len(samples))))
     nodes = dict.fromkeys(layer.node for layer in sites.values())
     grams = gram(model, nodes, samples, limit=limit, progress=progress)

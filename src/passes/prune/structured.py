@@ -18,7 +18,7 @@ from ...ir.graph import absent_weights
 from ...ir.ops import graph_macs
 from ..base import Context, Feed, Pass, PassResult, Stage
 from ..quantize.capture import require_samples
-from .choice import Allocation, Choosing, choose, rank
+from .choice import Allocation, Choosing, Ranked, choose, rank
 from .divergence import Outputs, held_out
 from .groups import Group, Groups, find_groups
 from .importance import Importance
@@ -26,7 +26,7 @@ from .remove import remove
 from .repair import Repaired, kept_outputs, repair
 from .repair_heads import rotate_heads
 from .rounding import preferred_multiple
-from .statistics import collect
+from .statistics import batches, collect
 
 _BACK_OFF = 0.6
 _LEAST_RATIO = 0.03
@@ -122,14 +122,8 @@ class _Work:
                 else ("nothing to prune: the ratio is 0")
             )
             return PassResult(model, False, (text, *_blocked(groups)))
-        statistics = self._statistics(model, groups)
-        turned = 0
-        if self.teaching and self.options.repair:
-            turned = len(rotate_heads(self._taken(groups), statistics))
-            if turned:
-                statistics = self._statistics(model, groups)
-        limit = min(0.9, self.options.ratio + self.options.spread)
-        ranked = rank(self._taken(groups), statistics, self.importance, limit, self.options.seed)
+        turned = self._turn_heads(model, groups)
+        ranked = self._ranked(model, groups)
         reference = model.clone() if self.teaching else None
         outputs = Outputs(model, self.judging) if self.judging else None
         ratio = self.options.ratio
@@ -177,10 +171,27 @@ class _Work:
         """The groups that can and are to be pruned."""
         return [group for group in groups.free if self.options.takes(group)]
 
-    def _statistics(self, model: ir.Model, groups: Groups) -> dict:
-        if not self.teaching:
-            return {}
-        return collect(self._taken(groups), self.teaching, model, self.context.progress)
+    def _turn_heads(self, model: ir.Model, groups: Groups) -> int:
+        """Turn heads in place; how many products' heads were."""
+        if not self.teaching or not self.options.repair:
+            return 0
+        heads = [group for group in self._taken(groups) if group.kind == "head dimensions"]
+        turned = 0
+        for part in batches(heads):
+            statistics = collect(part, self.teaching, model, self.context.progress)
+            turned += len(rotate_heads(part, statistics))
+        return turned
+
+    def _ranked(self, model: ir.Model, groups: Groups) -> list[Ranked]:
+        spread = self.options.spread if self.options.allocation == Allocation.GLOBAL else 0.05
+        limit = min(0.9, self.options.ratio + spread)
+        looks, taken = self.importance.needs_samples, self._taken(groups)
+        ranked: list[Ranked] = []
+        for part in batches(taken) if looks else [taken]:
+            progress = self.context.progress
+            statistics = collect(part, self.teaching, model, progress) if looks else {}
+            ranked += rank(part, statistics, self.importance, limit, self.options.seed)
+        return ranked
 
     def _pruned(
         self, model: ir.Model, reference: ir.Model | None, numbers: Mapping[int, list[int]]
