@@ -26,10 +26,11 @@ from edgepass.passes.prune.low_rank_forms import Candidate, Form, candidates, ma
 from edgepass.passes.prune.low_rank_price import Price
 from edgepass.passes.prune.low_rank_sites import find_sites
 from edgepass.passes.prune.rounding import preferred_multiple, round_width
+from edgepass.pipelines import parse_recipe
 from edgepass.targets.onnxruntime import OrtRunner
 from edgepass.targets.registry import get_target
 
-QUICK = settings(max_examples=25, deadline=None)
+QUICK = settings(max_examples=12, deadline=None)
 ALONE = {"weigh": False, "refit": False}
 
 
@@ -619,7 +620,7 @@ def test_batch_normalization_behind_is_folded_into_the_last_factor():
     feed = feeds_of(model, 1)[0]
     before = run(model, feed)["y"]
     passes = [LowRank(energy=0.999, forms=("pointwise",), **ALONE)]
-    passes += edgepass.pipelines.parse_recipe("default")
+    passes += parse_recipe("default")
     fused, _ = run_passes(model, passes, Context(get_target("x86_64"), feeds_of(model, 8)))
     assert sorted(ops(fused)) == ["Conv", "FusedConv"]
     assert relative(before, run(fused, feed)["y"]) < 1e-3

@@ -61,9 +61,8 @@ class LowRank(Pass):
 
     A matrix becomes a product of two; a k x k convolution the best of k x k and 1 x 1, k x 1 and
     1 x k, and 1 x 1, k x k and 1 x 1. With calibration samples errors are those of the layer's
-    outputs, biases are corrected, and the last factor is solved once more for the inputs that it
-    gets; without, errors are those of the weight. Ranks are multiples of what the target's vectors
-    hold.
+    outputs, and biases are corrected; without, errors are those of the weight. Ranks are multiples
+    of what the target's vectors hold.
 
     `ratio`: the share to remove of what all layers that can be factorized have together, from 0 to
     below 1, from those that suffer least. `measure`: of what: "macs", "time" as predicted for the
@@ -71,10 +70,10 @@ class LowRank(Pass):
     layer keeps, at the least rank. `rank`: in place of both, one rank for all. `margin`: by how
     much a layer must become faster, as predicted; below 0, how much slower it may get. `data`: use
     the samples if there are any. `weigh`: hold errors against what they do to the model's outputs
-    (runs each layer once on a few samples). `refit`: solve last factors again. `limit`: the share
-    of the outputs' variance that may be lost on samples held out: as much less is factorized.
-    `forms`: "product", "pointwise", "spatial", "tucker"; all if empty. `exclude`: nodes, weights or
-    operators.
+    (runs each layer once on a few samples). `refit`: solve last factors again, one layer after the
+    other: slow, and of most use to "spatial" and "tucker". `limit`: the share of the outputs'
+    variance that may be lost on samples held out: as much less is factorized. `forms`: "product",
+    "pointwise", "spatial", "tucker"; all if empty. `exclude`: nodes, weights or operators.
     """
 
     name = "low_rank"
@@ -88,7 +87,7 @@ class LowRank(Pass):
     margin: float = 0.05
     data: bool = True
     weigh: bool = True
-    refit: bool = True
+    refit: bool = False
     limit: float = 0.5
     forms: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()

@@ -45,10 +45,20 @@ class ChannelMoments:
         mean: np.ndarray = self.total / max(1, self.rows)
         return mean
 
-    def matrix(self, *, centred: bool) -> np.ndarray:
-        """Second moments, about the mean where `centred`."""
+    def matrix(self, *, centred: bool, shrunk: bool = False) -> np.ndarray:
+        """Second moments, about the mean where `centred`.
+
+        `shrunk`: drawn towards their diagonal, the more the fewer rows there are for each channel:
+        what a few samples never do together other data may (after Ledoit and Wolf 2004, "A
+        well-conditioned estimator for large-dimensional covariance matrices").
+        """
         moments: np.ndarray = self.products / max(1, self.rows)
-        return moments - np.outer(self.mean, self.mean) if centred else moments
+        if centred:
+            moments = moments - np.outer(self.mean, self.mean)
+        if shrunk:
+            share = len(moments) / (len(moments) + max(1, self.rows))
+            moments = (1.0 - share) * moments + share * np.diag(np.diag(moments))
+        return moments
 
 
 def channel_moments(

@@ -36,11 +36,13 @@ from .low_rank_statistics import ChannelMoments, channel_moments
 from .low_rank_write import write
 from .rounding import preferred_multiple
 
-_WEIGHED = 4
+_WEIGHED = 8
 """Samples on which one layer's error is held against the model's."""
 _FAR_OFF = 0.05
 """Error over signal of the outputs beyond which more of the same does less."""
 _TRIALS = 3
+_BYTES_A_WEIGHT = 32
+_KEPT_BYTES = 1 << 30
 _SUMS = 3
 """Sums in a row, of a bias and a residual, that a normalization is looked for behind."""
 _ROW_NORMS = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
@@ -74,6 +76,8 @@ class Work:
         self.refused: list[Refusal] = found[1]
         self._moments: dict[ir.Value, ChannelMoments] = {}
         self._judge: Outputs | None = None
+        self._kept: dict[ir.Node, Factors] = {}
+        self._held = 0
         if samples:
             self._observe(self.samples)
 
@@ -158,6 +162,16 @@ class Work:
         self._moments = channel_moments(self.model, axes, sizes, samples, self._context.progress)
 
     def _factors(self, site: Site) -> Factors:
+        """The factorizations of a site, kept for when one is written, as far as memory goes."""
+        found = self._kept.get(site.node)
+        if found is None:
+            found = self._new_factors(site)
+            self._held += _BYTES_A_WEIGHT * site.weights
+            if self._held <= _KEPT_BYTES:
+                self._kept[site.node] = found
+        return found
+
+    def _new_factors(self, site: Site) -> Factors:
         weight = _weight(site)
         own = bias_array(site)
         bias = np.zeros(site.outputs)
@@ -185,7 +199,7 @@ class Work:
                 weight,
                 None
                 if inputs is None or (single and not inward)
-                else inputs.matrix(centred=centred and inward),
+                else inputs.matrix(centred=centred and inward, shrunk=True),
                 None if outputs is None or inward else outputs.matrix(centred=centred),
                 mean,
                 bias,
