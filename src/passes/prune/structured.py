@@ -22,6 +22,7 @@ from .choice import Allocation, Choosing, Ranked, choose, rank
 from .divergence import Outputs, held_out
 from .groups import Group, Groups, find_groups
 from .importance import Importance
+from .quantized import refuse_quantized
 from .remove import remove
 from .repair import Repaired, kept_outputs, repair
 from .repair_heads import rotate_heads
@@ -89,6 +90,7 @@ class StructuredPrune(Pass):
 
     def run(self, model: ir.Model, context: Context) -> PassResult:
         """See `Pass.run`."""
+        refuse_quantized(model, self.name)
         absent = bool(absent_weights(model))
         if Importance(self.importance).needs_samples:
             require_samples(context.calibration, self.name, "units are judged by activations")
@@ -148,7 +150,7 @@ class _Work:
                 return PassResult(model, turned > 0, ("nothing was pruned", *self.notes))
         notes = [_told(before, _size(pruned, self.context.dims)), _units(groups, chosen)]
         if repaired is not None:
-            notes.append(f"{repaired.solved} of {repaired.layers} layers solved again")
+            notes.append(f"{repaired.solved} of {repaired.layers} layers that lost inputs solved again")
         if turned:
             notes.append(f"heads of {turned} products turned before")
         if outputs is not None:
