@@ -26,12 +26,21 @@ from ...ir.graph import (
     static_shape,
 )
 from ...ir.shapes import infer_shapes
-from . import rules, rules_movement, rules_norms, rules_recurrent, rules_selection
+from . import (
+    rules,
+    rules_attention,
+    rules_movement,
+    rules_norms,
+    rules_recurrent,
+    rules_selection,
+)
 from .flow import RULES, Flow, View, is_parameter
 from .labels import Labels, Track
 from .resolve import Resolved, mixed, resolve
 
-RULE_MODULES = (rules, rules_movement, rules_norms, rules_recurrent, rules_selection)
+RULE_MODULES = (
+    rules, rules_attention, rules_movement, rules_norms, rules_recurrent, rules_selection,
+)  # fmt: skip
 """They register their rules."""
 
 

@@ -6,7 +6,6 @@ Here: `resize`, for one node. Not here: parameters (`remove`), statistics over c
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -17,6 +16,7 @@ from ...ir.graph import attribute, constant_array, dims_of
 from .cut import take
 from .kept import Kept
 from .labels import Track
+from .resize_attention import ATTENTION
 from .resize_norms import NORMS
 from .rules_movement import pads_of, slice_parts
 
@@ -232,22 +232,6 @@ def _recurrent(node: ir.Node, kept: Kept) -> None:
         _set(node, "hidden_size", size)
 
 
-def _attention(node: ir.Node, kept: Kept) -> None:
-    """The scale stays that of the dimensions there were; heads are counted again."""
-    query, key = node.inputs[0], node.inputs[1]
-    dims = dims_of(query) or (None,)
-    last = dims[-1]
-    if "scale" not in node.attributes and isinstance(last, int):
-        size = last if len(dims) == 4 else last // int(attribute(node, "q_num_heads", 1))
-        _set(node, "scale", 1.0 / math.sqrt(size))
-    for value, name in ((query, "q_num_heads"), (key, "kv_num_heads")):
-        count = int(attribute(node, name, 0))
-        for track in kept.changed(value):
-            if count and track.axes == (2,):
-                stays = (~kept.gone[track.ids]).reshape(count, -1)
-                _set(node, name, int(stays.any(axis=1).sum()))
-
-
 _HANDLERS: dict[str, Callable[[ir.Node, Kept], None]] = {
     "Reshape": _reshape,
     "Expand": _expand,
@@ -262,6 +246,6 @@ _HANDLERS: dict[str, Callable[[ir.Node, Kept], None]] = {
     "LSTM": _recurrent,
     "GRU": _recurrent,
     "RNN": _recurrent,
-    "Attention": _attention,
+    **ATTENTION,
     **NORMS,
 }

@@ -102,7 +102,8 @@ def _resolve(
     for (columns, ids), stay in zip(labels.columns, fixed, strict=True):
         if stay:
             pairs.append((ids.reshape(-1), ids[:, :1].repeat(ids.shape[1], 1).reshape(-1)))
-            blocks.append((columns, "heads are removed whole: dimensions inside them stay", "heads"))
+            reason = "heads are removed whole: dimensions inside them stay"
+            blocks.append((columns, reason, "heads"))
         else:
             pairs.append((ids.reshape(-1), np.broadcast_to(columns, ids.shape).reshape(-1)))
     for (stems, members), united in zip(labels.stems, whole, strict=True):

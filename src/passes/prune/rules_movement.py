@@ -371,20 +371,37 @@ def _expand(flow: Flow, node: ir.Node) -> None:
         flow.block_node(node, "its shape is not known")
         return
     shift = len(after) - len(before)
-    flow.put(output, [t.moved({a: a + shift for a in t.axes}) for t in flow.of(data)])
+    tracks = [t.moved({a: a + shift for a in t.axes}) for t in flow.of(data)]
+    if not tracks:  # of what is the same everywhere (a mask for all heads) any part may go
+        for axis, size in enumerate(after):
+            one = axis < shift or before[axis - shift] == 1
+            if one and isinstance(size, int) and size > 1:
+                tracks.append(Track((axis,), flow.labels.new(size)))
+    flow.put(output, tracks)
 
 
 @rule("Tile")
 def _tile(flow: Flow, node: ir.Node) -> None:
     repeats = constant_array(node.inputs[1])
+    before, after = dims_of(node.inputs[0]) or (), dims_of(node.outputs[0]) or ()
     tracks = []
     for track in flow.of(node.inputs[0]):
-        times = None if repeats is None else [int(repeats[a]) for a in track.axes]
-        if times is None:
+        times = [
+            int(repeats[a]) if repeats is not None else _times(before, after, a) for a in track.axes
+        ]
+        if not all(times):
             flow.labels.block(track.ids, f"{where_is(node)}: how often it repeats is not known")
             continue
         tracks.append(Track(track.axes, np.tile(track.ids, times)))
     flow.put(node.outputs[0], tracks)
+
+
+def _times(before: Sequence[Dim], after: Sequence[Dim], axis: int) -> int:
+    """How often an axis is repeated, by its sizes; 0 when they are not known."""
+    if axis >= len(after):
+        return 0
+    old, new = before[axis], after[axis]
+    return new // old if isinstance(old, int) and isinstance(new, int) else 0
 
 
 def pads_of(node: ir.Node, rank: int) -> list[tuple[int, int]] | None:

@@ -1,11 +1,11 @@
-"""How labels pass LSTM, GRU, RNN and Attention, operators with channels inside."""
+"""How labels pass LSTM, GRU and RNN, operators with hidden units inside."""
 
 from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
 
-from ...ir.graph import attribute, dims_of, static_shape
+from ...ir.graph import attribute, static_shape
 from .flow import Flow, is_parameter, rule, where_is
 from .labels import Track
 
@@ -69,48 +69,3 @@ def _input_labels(flow: Flow, node: ir.Node, data: ir.Value | None, weight: ir.V
         flow.labels.unite(taken, own)
         flow.use(node, weight, "in", taken)
     return taken
-
-
-@rule("Attention")
-def _attention(flow: Flow, node: ir.Node) -> None:
-    """Scores sum over what queries and keys have; values pass. Past keys are not followed."""
-    query, key, value, *rest = node.inputs
-    rank = len(dims_of(query) or ())
-    if len(rest) > 1 and any(v is not None for v in rest[1:]):
-        flow.block_node(node, "its past keys and values are not followed")
-        return
-    heads = [attribute(node, n, 0) for n in ("q_num_heads", "kv_num_heads", "kv_num_heads")]
-    found = [_heads(flow, v, rank, h) for v, h in zip((query, key, value), heads, strict=True)]
-    q, k, v = found
-    if q is None or k is None or v is None or q.shape[0] % k.shape[0]:
-        flow.block_node(node, "the channels of queries, keys or values are not followed")
-        return
-    for ids in (q, k, v):
-        flow.labels.must_balance(ids)
-    stems = flow.labels.new(q.shape[0])
-    repeats = q.shape[0] // k.shape[0]
-    wide = np.repeat(v, repeats, axis=0)
-    flow.labels.unite(q, np.repeat(k, repeats, axis=0))
-    flow.labels.stem(stems, q)
-    flow.labels.stem(stems, wide)
-    mask = rest[0] if rest else None
-    dims = dims_of(mask) if mask is not None else None
-    if mask is not None and (dims is None or (len(dims) > 2 and dims[-3] != 1)):
-        flow.labels.block(stems, f"{where_is(node)}: its mask is for each head")
-    out = Track((1, 3), wide) if rank == 4 else Track((2,), wide.reshape(-1))
-    for i, output in enumerate(node.outputs):
-        flow.put(output, [out] if i == 0 else [])
-
-
-def _heads(flow: Flow, value: ir.Value | None, rank: int, heads: int) -> np.ndarray | None:
-    """Labels [heads, dimensions]."""
-    for track in flow.of(value):
-        if rank == 4 and track.axes == (1, 3):
-            return track.ids
-        if rank == 4 and track.axes == (3,):
-            dims = dims_of(value) or ()
-            if isinstance(dims[1], int):
-                return np.broadcast_to(track.ids, (dims[1], track.ids.size))
-        if rank == 3 and heads and track.axes == (2,):
-            return track.ids.reshape(heads, -1)
-    return None

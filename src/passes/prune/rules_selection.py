@@ -19,18 +19,18 @@ from .labels import Operand
 def _by_element(flow: Flow, node: ir.Node) -> None:
     """Data and indices have the same positions along all axes but one."""
     values = [v for v in node.inputs if v is not None]
-    dims = [dims_of(v) for v in values]
-    rank = len(dims[0] or ())
-    axis = int(attribute(node, "axis", 0))
-    axis += rank if axis < 0 else 0
-    if any(d is None for d in dims):
+    dims = [dims_of(v) or () for v in values]
+    rank = len(dims[0])
+    if not all(len(d) == rank for d in dims):
         flow.block_node(node, "its shape is not known")
         return
+    axis = int(attribute(node, "axis", 0))
+    axis += rank if axis < 0 else 0
+    uneven = [a for a in range(rank) if a != axis and len({str(d[a]) for d in dims}) > 1]
     operands = []
-    for value, own in zip(values, dims, strict=True):
+    for value in values:
         for track in flow.of(value):
-            cut = [a for a in track.axes if a != axis and str((own or ())[a]) != str((dims[0] or ())[a])]
-            if cut:
+            if set(track.axes) & set(uneven):
                 flow.labels.block(track.ids, f"{where_is(node)}: picks some of this axis")
         operands.append(_beside(flow, node, value, axis, rank))
     flow.put(node.outputs[0], flow.merge(operands, node))
