@@ -15,15 +15,15 @@ from ...targets.onnxruntime import OrtRunner
 from ..base import Feed
 from ..probe import run_on_sample
 
-_EVERY = 4
+_EVERY = 8
 _MOST = 32
-_FEWEST = 8
+_FEWEST = 16
 
 
 def held_out(samples: Sequence[Feed]) -> tuple[list[Feed], list[Feed]]:
-    """Samples to learn from, and every fourth one, to judge by (32 at most).
+    """Samples to learn from, and every eighth one, to judge by (32 at most).
 
-    Fewer than 8 samples serve for both.
+    Fewer than 16 samples serve for both.
     """
     if len(samples) < _FEWEST:
         return list(samples), list(samples)

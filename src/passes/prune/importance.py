@@ -125,12 +125,13 @@ def _rows(node: ir.Node, role: str, array: np.ndarray) -> np.ndarray | None:
     if layer is not None:
         groups, _, out = layer.shape
         matrix = layer.matrix(array)
-        if role == "out":
+        if role in ("out", "depthwise"):
             return matrix.swapaxes(1, 2).reshape(groups * out, -1)
         channels = matrix.shape[1] // max(1, int(np.prod(array.shape[2:])))
         if node.op_type != "Conv":
             return matrix[0]
-        return matrix.reshape(groups * channels, -1)
+        found: np.ndarray = matrix.reshape(groups * channels, -1)
+        return found
     if node.op_type == "ConvTranspose" and attribute(node, "group", 1) == 1:
         axis = 0 if role == "in" else 1
         return np.moveaxis(array, axis, 0).reshape(array.shape[axis], -1)

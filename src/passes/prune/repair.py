@@ -1,8 +1,8 @@
 """Repair without training: the weights of a pruned model solved again, one layer after the other.
 
-Here: `repair`, which goes through the linear layers of a pruned model in graph order and solves
-each by least squares for the results of the model before pruning, given the inputs that the layers
-repaired so far make. Not here: the arithmetic (`least_squares`), what to remove (`selection`).
+Here: `repair`, which goes through the layers that lost inputs in graph order and solves each by
+least squares for the results of the model before pruning, given the inputs that the layers repaired
+so far make. Not here: the arithmetic (`least_squares`), what to remove (`selection`).
 
 He et al. 2017, "Channel pruning for accelerating very deep neural networks", arXiv:1707.06168,
 section 3.2, do the same for convolutions; as there, a layer whose result is added to a residual
@@ -123,6 +123,8 @@ class _Item:
         result = with_bias(layer)
         if result.name not in places:
             return None
+        if _same_inputs(layer, places.get(node.outputs[0].name)):
+            return None
         item = cls(layer, result, places[result.name], kept.get(node.outputs[0].name or ""))
         item._aim_at_sum(places)
         return item
@@ -200,6 +202,14 @@ class _Item:
         return True
 
 
+def _same_inputs(layer: LinearLayer, before: ir.Value | None) -> bool:
+    """Whether the layer reads as many inputs as before: then it is left as it is, since what few
+    samples say of it is worth less than what it was trained to."""
+    node = before.producer() if before is not None else None
+    old = linear_layer(node) if node is not None else None
+    return old is not None and old.shape[:2] == layer.shape[:2]
+
+
 def _blocks(model: ir.Model, items: Sequence[_Item]) -> Iterator[list[_Item]]:
     """Items none of which gets another's result, in order, whose sums fit in memory together."""
     levels: dict[ir.Node, int] = {}
@@ -234,7 +244,7 @@ def kept_outputs(chosen: Mapping[Group, Sequence[int]]) -> dict[str, np.ndarray]
     masks: dict[str, np.ndarray] = {}
     for group, units in chosen.items():
         for site in group.sites:
-            if site.role == "out":
+            if site.role in ("out", "depthwise"):
                 name = site.node.outputs[0].name or ""
                 mask = masks.setdefault(name, np.ones(len(site.units), bool))
                 mask &= ~np.isin(site.units, np.asarray(units, np.int64))

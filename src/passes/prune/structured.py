@@ -150,7 +150,9 @@ class _Work:
                 return PassResult(model, turned > 0, ("nothing was pruned", *self.notes))
         notes = [_told(before, _size(pruned, self.context.dims)), _units(groups, chosen)]
         if repaired is not None:
-            notes.append(f"{repaired.solved} of {repaired.layers} layers that lost inputs solved again")
+            notes.append(
+                f"{repaired.solved} of {repaired.layers} layers that lost inputs solved again"
+            )
         if turned:
             notes.append(f"heads of {turned} products turned before")
         if outputs is not None:
