@@ -480,13 +480,13 @@ def test_a_scale_and_a_shift_of_each_channel_are_found_again(shape: tuple[int, .
         block = net.add("Add", x, branch)
         out = net.conv(net.conv(block))
     feeds = net.feeds(16)
-    item = Depth(blocks=1, max_harm=-100)
+    item = Depth(blocks=1, max_harm=-100, repair=True)
     model, ledger = run_passes(net.model(out), [item], Context(calibration=feeds))
     assert "got a scale and a shift" in ledger.rows[0].notes[-1]
     wanted = results(net.model(out), feeds[0])[0]
     np.testing.assert_allclose(results(model, feeds[0])[0], wanted, rtol=1e-3, atol=1e-4)
     plain, _ = run_passes(
-        net.model(out), [Depth(blocks=1, max_harm=-100, repair=False)], Context(calibration=feeds)
+        net.model(out), [Depth(blocks=1, max_harm=-100)], Context(calibration=feeds)
     )
     assert np.abs(results(plain, feeds[0])[0] - wanted).max() > 0.01
 

@@ -54,7 +54,8 @@ class Depth(Pass):
     cosine of x and x + f(x) (Men et al. 2024, arXiv:2403.03853); without data "last", the deepest
     first but for the last layer (Gromov et al. 2024, arXiv:2403.17887), or "random". `max_harm`:
     the ratio of signal to error in dB that the outputs must keep on the samples; removal stops
-    before it. `repair`: put a scale and a shift of each channel where a block was, if that helps.
+    before it. `repair`: put a scale and a shift of each channel where a block was, if the outputs
+    come nearer to what they were by it.
     `exclude`: parts of names of blocks that stay. `seed`: of "random".
     """
 
@@ -67,7 +68,7 @@ class Depth(Pass):
     unit: Unit = Unit.BRANCH
     by: Policy = Policy.HARM
     max_harm: float = 10.0
-    repair: bool = True
+    repair: bool = False
     exclude: tuple[str, ...] = ()
     seed: int = 0
 
