@@ -126,15 +126,17 @@ def _rows(node: ir.Node, role: str, array: np.ndarray) -> np.ndarray | None:
         groups, _, out = layer.shape
         matrix = layer.matrix(array)
         if role in ("out", "depthwise"):
-            return matrix.swapaxes(1, 2).reshape(groups * out, -1)
+            made: np.ndarray = matrix.swapaxes(1, 2).reshape(groups * out, -1)
+            return made
         channels = matrix.shape[1] // max(1, int(np.prod(array.shape[2:])))
         if node.op_type != "Conv":
-            return matrix[0]
+            return np.asarray(matrix[0])
         found: np.ndarray = matrix.reshape(groups * channels, -1)
         return found
     if node.op_type == "ConvTranspose" and attribute(node, "group", 1) == 1:
         axis = 0 if role == "in" else 1
-        return np.moveaxis(array, axis, 0).reshape(array.shape[axis], -1)
+        moved: np.ndarray = np.moveaxis(array, axis, 0).reshape(array.shape[axis], -1)
+        return moved
     if node.op_type in ("LSTM", "GRU", "RNN") and array.ndim == 3 and role == "in":
         rows: np.ndarray = np.moveaxis(array, 2, 0).reshape(array.shape[2], -1)
         return rows

@@ -123,8 +123,6 @@ class _Item:
         result = with_bias(layer)
         if result.name not in places:
             return None
-        if _same_inputs(layer, places.get(node.outputs[0].name)):
-            return None
         item = cls(layer, result, places[result.name], kept.get(node.outputs[0].name or ""))
         item._aim_at_sum(places)
         return item
@@ -202,12 +200,20 @@ class _Item:
         return True
 
 
-def _same_inputs(layer: LinearLayer, before: ir.Value | None) -> bool:
-    """Whether the layer reads as many inputs as before: then it is left as it is, since what few
-    samples say of it is worth less than what it was trained to."""
-    node = before.producer() if before is not None else None
-    old = linear_layer(node) if node is not None else None
-    return old is not None and old.shape[:2] == layer.shape[:2]
+def lost_inputs(model: ir.Model, reference: ir.Model) -> set[str | None]:
+    """The results, by name, of the layers that read fewer inputs than in the reference."""
+    before = {
+        layer.node.outputs[0].name: layer.shape[:2]
+        for node in reference.graph
+        if (layer := linear_layer(node)) is not None
+    }
+    found = set()
+    for node in model.graph:
+        layer = linear_layer(node)
+        name = node.outputs[0].name if node.outputs else None
+        if layer is not None and name in before and before[name] != layer.shape[:2]:
+            found.add(name)
+    return found
 
 
 def _blocks(model: ir.Model, items: Sequence[_Item]) -> Iterator[list[_Item]]:

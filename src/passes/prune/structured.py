@@ -24,7 +24,7 @@ from .groups import Group, Groups, find_groups
 from .importance import Importance
 from .quantized import refuse_quantized
 from .remove import remove
-from .repair import Repaired, kept_outputs, repair
+from .repair import Repaired, kept_outputs, lost_inputs, repair
 from .repair_heads import rotate_heads
 from .rounding import preferred_multiple
 from .statistics import batches, collect
@@ -208,7 +208,9 @@ class _Work:
         remove(copy, groups, chosen)
         if reference is None or not self.options.repair:
             return copy, None
-        return copy, repair(copy, reference, kept, self.teaching, self.context.progress)
+        # what few samples say of the other layers is worth less than what they were trained to
+        lost, progress = lost_inputs(copy, reference), self.context.progress
+        return copy, repair(copy, reference, kept, self.teaching, progress, lost)
 
 
 def _named(group: Group, names: Sequence[str]) -> bool:
