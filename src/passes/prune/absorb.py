@@ -13,14 +13,14 @@ import onnx_ir as ir
 
 from ...ir.graph import constant_array, constant_tensor, dims_of, is_absent, is_onnx_op
 from ..quantize.layers import LinearLayer, linear_layer
-from .constants import channel_values, known_values
+from .constants import Known, channel_values, known_values
 from .flow import Flow
 from .labels import Track
 from .layer_bias import add_to_bias
 
 
-def absorb(model: ir.Model, flow: Flow, gone: np.ndarray) -> int:
-    """Add what constant channels that go give to the biases of linear layers; how many of these.
+def absorb(model: ir.Model, flow: Flow, gone: np.ndarray) -> Known:
+    """Add what constant channels that go give to the biases of linear layers; what is constant.
 
     At the border of a padded convolution, whose zeros are not the constant, this is near only.
     """
@@ -32,7 +32,6 @@ def absorb(model: ir.Model, flow: Flow, gone: np.ndarray) -> int:
             if mask is not None:
                 masks[node.outputs[0]] = mask
     known = known_values(model.graph, masks) if masks else {}
-    changed = 0
     for node in list(model.graph) if known else ():
         layer = linear_layer(node)
         if layer is None or is_absent(constant_tensor(layer.weight)):
@@ -44,8 +43,8 @@ def absorb(model: ir.Model, flow: Flow, gone: np.ndarray) -> int:
             continue
         given = np.where(mask & np.isfinite(values), values, 0.0)
         if given.any():
-            changed += _absorb(model, flow, layer, given)
-    return changed
+            _absorb(model, flow, layer, given)
+    return known
 
 
 def _going(flow: Flow, gone: np.ndarray, value: ir.Value, axis: int) -> np.ndarray | None:
@@ -58,7 +57,7 @@ def _going(flow: Flow, gone: np.ndarray, value: ir.Value, axis: int) -> np.ndarr
     return mask
 
 
-def _absorb(model: ir.Model, flow: Flow, layer: LinearLayer, given: np.ndarray) -> bool:
+def _absorb(model: ir.Model, flow: Flow, layer: LinearLayer, given: np.ndarray) -> None:
     weight = constant_array(layer.weight)
     assert weight is not None
     groups, inputs, _ = layer.shape
@@ -69,10 +68,9 @@ def _absorb(model: ir.Model, flow: Flow, layer: LinearLayer, given: np.ndarray) 
     tracks, along = flow.of(result), flow.at(result, layer.channel_axis % rank)
     made = add_to_bias(model, layer, sums)
     if made is None:
-        return False
+        return
     bias, total = made
     if along is not None and along.ids.ndim == 1:
         flow.put(bias, [Track((0,), along.ids)])
     if total not in flow.tracks:
         flow.put(total, tracks)
-    return True

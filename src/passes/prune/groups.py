@@ -158,7 +158,11 @@ def find_groups(model: ir.Model, *, heads: str = "auto", widths: bool = False) -
     _forget_unused(flow)
     joint = [t.ids for tracks in flow.tracks.values() for t in tracks if t.ids.ndim > 1]
     joint += [t.ids for v in flow.views.values() for t in v.tracks if t.ids.ndim > 1]
-    return Groups(flow, resolve(labels, joint, heads))
+    held = np.zeros(labels.count)
+    for _, shape, tracks in parameter_tracks(flow):
+        for track in tracks:
+            np.add.at(held, track.ids.reshape(-1), math.prod(shape) // track.ids.size)
+    return Groups(flow, resolve(labels, joint, heads, held))
 
 
 def _unshare_vectors(model: ir.Model) -> None:
@@ -321,7 +325,7 @@ def _group(
     reason, wish = resolved.reasons[resolved.blocked[roots[0]]]
     rows = resolved.row[roots]
     in_rows = bool((rows >= 0).all())
-    rows = np.unique(rows, return_inverse=True)[1]
+    rows = _in_order(rows)
     made = [s for s in sites if s.role in ("out", "table", "state")]
     first = made[0] if made else sites[0] if sites else None
     multiple = int((first.units == 0).sum()) if first is not None else 1
@@ -337,6 +341,15 @@ def _group(
         blocked=reason,
         wish=wish,
     )
+
+
+def _in_order(rows: np.ndarray) -> np.ndarray:
+    """Rows numbered as they come."""
+    _, first, number = np.unique(rows, return_index=True, return_inverse=True)
+    places = np.empty_like(first)
+    places[np.argsort(first)] = np.arange(first.size)
+    ordered: np.ndarray = places[number.reshape(-1)]
+    return ordered
 
 
 def _kind(flow: Flow, first: Site | None, in_rows: bool) -> str:

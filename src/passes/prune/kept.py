@@ -8,17 +8,28 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from .constants import Known, channel_values
 from .cut import kept_sizes
 from .flow import Flow
 from .labels import Track
 
 
 class Kept:
-    """What stays of every value."""
+    """What stays of every value; `known` are channels that are constants."""
 
-    def __init__(self, flow: Flow, gone: np.ndarray) -> None:
+    def __init__(self, flow: Flow, gone: np.ndarray, known: Known) -> None:
         self.flow = flow
         self.gone = gone
+        self.known = known
+
+    def lost(self, value: ir.Value, axis: int) -> np.ndarray | None:
+        """The constants that go along an axis, in order; None where there are none but zeros."""
+        track = self.flow.at(value, axis)
+        values = channel_values(self.known, value, axis)
+        if track is None or track.ids.ndim > 1 or values is None:
+            return None
+        constants = np.nan_to_num(values[self.gone[track.ids]], nan=0.0)
+        return constants if constants.any() else None
 
     def changed(self, value: ir.Value | None) -> list[Track]:
         """The tracks of a value that lose positions."""

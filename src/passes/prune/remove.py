@@ -36,8 +36,7 @@ def remove(model: ir.Model, groups: Groups, chosen: Mapping[Group, Sequence[int]
     gone = groups.labels_of(chosen)
     if not gone.any():
         return
-    absorb(model, groups.flow, gone)
-    kept = Kept(groups.flow, gone)
+    kept = Kept(groups.flow, gone, absorb(model, groups.flow, gone))
     for value, shape, tracks in parameter_tracks(groups.flow):
         if any(gone[t.ids].any() for t in tracks):
             _shrink(value, shape, tracks, gone)

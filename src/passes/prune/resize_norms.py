@@ -58,7 +58,12 @@ def _rms(node: ir.Node, kept: Kept) -> None:
     if ratio == 1:
         return
     editor = Editor()
-    editor.set_attribute(node, "epsilon", float(attribute(node, "epsilon", 1e-5)) * ratio)
+    epsilon = float(attribute(node, "epsilon", 1e-5)) * ratio
+    data = node.inputs[0]
+    lost = kept.lost(data, rank - 1) if data is not None else None
+    if lost is not None:
+        epsilon += float((lost**2).sum()) / kept.sizes(data)[rank - 1]
+    editor.set_attribute(node, "epsilon", epsilon)
     scale = node.inputs[1]
     assert scale is not None
     assert scale.dtype is not None
@@ -80,8 +85,16 @@ def _mean(node: ir.Node, kept: Kept) -> None:
     ratio = _times_fewer(node, kept, axes or ())
     if ratio == 1 or node.outputs[0].dtype is None:
         return
-    factor = np.array(1 / ratio, node.outputs[0].dtype.numpy())
+    dtype = node.outputs[0].dtype.numpy()
+    factor = np.array(1 / ratio, dtype)
     _behind(node, kept, lambda build, mean: build.node("Mul", mean, factor))
+    for axis in axes or ():
+        lost = kept.lost(data, axis) if data is not None else None
+        size = (dims_of(data) or ())[axis]
+        if lost is not None and isinstance(size, int):
+            more = np.array(lost.sum() / size, dtype)
+            behind = next(iter(node.outputs[0].uses())).node
+            _behind(behind, kept, lambda build, mean, more=more: build.node("Add", mean, more))  # type: ignore[misc]
 
 
 NORMS: dict[str, Callable[[ir.Node, Kept], None]] = {
@@ -118,7 +131,14 @@ def _among_zeros(node: ir.Node, kept: Kept, axes: range, *, last: bool) -> None:
     missing = [int(dims[a]) - sizes[a] if a in sizes else 0 for a in range(len(dims))]  # type: ignore[arg-type]
     editor = Editor()
     pads = np.array([0] * len(dims) + missing, np.int64)
-    editor.replace_input(node, 0, Builder(editor, node).Pad(data, pads))
+    padded = Builder(editor, node).Pad(data, pads)
+    for axis in sizes:
+        lost = kept.lost(data, axis)
+        if lost is not None and data.dtype is not None:
+            there = np.zeros([1] * axis + [int(dims[axis])] + [1] * (len(dims) - axis - 1))  # type: ignore[arg-type]
+            there.reshape(-1)[sizes[axis] :] = lost
+            padded = Builder(editor, node).Add(padded, there.astype(data.dtype.numpy()))
+    editor.replace_input(node, 0, padded)
     for index, value in enumerate(node.inputs[1:3], 1):
         own = len(dims_of(value) or ())
         fewer = missing[len(dims) - own :] if last else [missing[1] if axes.start == 1 else 0]

@@ -53,11 +53,15 @@ class Resolved:
     cluster: np.ndarray
 
 
-def resolve(labels: Labels, extra_rows: Sequence[np.ndarray], heads: str) -> Resolved:
+def resolve(
+    labels: Labels, extra_rows: Sequence[np.ndarray], heads: str, held: np.ndarray
+) -> Resolved:
     """What all that was united, blocked and balanced comes to.
 
     `heads`: "whole" removes stems, "dimensions" what is in their rows, "auto" decides for each set
-    of united stems: rows where nothing blocks any of them, else stems if these are free.
+    of united stems: rows where nothing blocks any of them, else stems if these are free. Stems also
+    where these have many weights of their own (queries and keys that are normalized in each head):
+    `held` is how many a label has.
     """
     rows = [*labels.rows, *extra_rows]
     first = _resolve(labels, rows, [False] * len(labels.stems), [False] * len(labels.columns))
@@ -66,7 +70,7 @@ def resolve(labels: Labels, extra_rows: Sequence[np.ndarray], heads: str) -> Res
     if heads == "whole":
         whole = [True] * len(labels.stems)
         return _resolve(labels, rows, whole, _fixed(labels, first, whole))
-    stuck = np.zeros(labels.count, bool)
+    stuck = _heavy(labels, first, held)
     for stems, members in labels.stems:
         stuck[first.root[stems]] |= bool((first.blocked[first.root[members]] > 0).all())
     whole = [bool(stuck[first.root[stems]].any()) for stems, _ in labels.stems]
@@ -83,6 +87,21 @@ def resolve(labels: Labels, extra_rows: Sequence[np.ndarray], heads: str) -> Res
     if better == whole:
         return found
     return _resolve(labels, rows, better, _fixed(labels, first, better))
+
+
+def _heavy(labels: Labels, first: Resolved, held: np.ndarray) -> np.ndarray:
+    """Stems (roots) with more than half as many weights as what is in their rows."""
+    weight = np.bincount(first.root, held, labels.count)
+    pairs = []
+    for stems, members in labels.stems:
+        rows = first.root[members].reshape(-1)
+        both = np.stack([first.root[stems].repeat(members.shape[1]), rows])
+        pairs.append(np.unique(both, axis=1))
+    stems, rows = np.unique(np.concatenate(pairs, axis=1), axis=1)
+    apart = stems != rows
+    inside = np.bincount(stems[apart], weight[rows[apart]], labels.count)
+    heavy: np.ndarray = (inside > 0) & (weight > inside / 2)
+    return heavy
 
 
 def _fixed(labels: Labels, first: Resolved, whole: Sequence[bool]) -> list[bool]:

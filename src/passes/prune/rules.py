@@ -27,6 +27,9 @@ def elementwise(flow: Flow, node: ir.Node) -> None:
     if dims is None:
         flow.block_node(node, "its shape is not known")
         return
+    if any(len(dims_of(v) or ()) > len(dims) for v in node.inputs):
+        flow.block_node(node)
+        return
     operands = [flow.operand(v, len(dims)) for v in node.inputs if v is not None]
     tracks = flow.merge(operands, node)
     for value in node.inputs:
