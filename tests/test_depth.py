@@ -17,13 +17,13 @@ from edgepass.errors import CalibrationError, PassOptionError, UsageError
 from edgepass.frontends import load_model
 from edgepass.ir.graph import AbsentTensor
 from edgepass.passes.base import Context
+from edgepass.passes.depth import blocks as depth_blocks
+from edgepass.passes.depth.blocks import Found, find_blocks
+from edgepass.passes.depth.choice import Goal, Policy, Unit, by_place, choose, units_of
+from edgepass.passes.depth.depth import Depth
+from edgepass.passes.depth.harm import Skipping, influence
+from edgepass.passes.depth.removal import close_places, remove_blocks
 from edgepass.passes.driver import run_passes
-from edgepass.passes.prune import depth_blocks
-from edgepass.passes.prune.depth import Depth
-from edgepass.passes.prune.depth_blocks import Found, find_blocks
-from edgepass.passes.prune.depth_choice import Goal, Policy, Unit, by_place, choose, units_of
-from edgepass.passes.prune.depth_harm import Skipping, influence
-from edgepass.passes.prune.depth_removal import close_places, remove_blocks
 from edgepass.passes.spec import build_pass, format_pass, parse_specs
 from edgepass.pipelines import parse_recipe
 from edgepass.targets.onnxruntime import OrtRunner

@@ -19,12 +19,12 @@ from edgepass.ir.shapes import infer_shapes
 from edgepass.ir.verify import verify
 from edgepass.passes.base import Context
 from edgepass.passes.driver import run_passes
-from edgepass.passes.prune.low_rank import LowRank
-from edgepass.passes.prune.low_rank_choice import Menu, Option, by_energy, by_share, removed
-from edgepass.passes.prune.low_rank_factors import Factors, Known
-from edgepass.passes.prune.low_rank_forms import Candidate, Form, candidates, make, original
-from edgepass.passes.prune.low_rank_price import Price
-from edgepass.passes.prune.low_rank_sites import find_sites
+from edgepass.passes.low_rank.choice import Menu, Option, by_energy, by_share, removed
+from edgepass.passes.low_rank.factors import Factors, Known
+from edgepass.passes.low_rank.forms import Candidate, Form, candidates, make, original
+from edgepass.passes.low_rank.low_rank import LowRank
+from edgepass.passes.low_rank.price import Price
+from edgepass.passes.low_rank.sites import find_sites
 from edgepass.passes.prune.rounding import preferred_multiple, round_width
 from edgepass.pipelines import parse_recipe
 from edgepass.targets.onnxruntime import OrtRunner
@@ -155,7 +155,7 @@ def test_every_form_of_a_convolution_of_full_rank_is_the_convolution(form, attri
     feed = feeds_of(model, 1)[0]
     before = run(model, feed)["y"]
     from edgepass.ir.edit import Editor
-    from edgepass.passes.prune.low_rank_write import write
+    from edgepass.passes.low_rank.write import write
 
     none = Known(weight.astype(float), None, None, None, bias, np.ones(6), True)
     weights, shift = Factors(none).weights(candidate)

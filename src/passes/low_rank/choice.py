@@ -10,9 +10,9 @@ import dataclasses
 import heapq
 from collections.abc import Sequence
 
-from .low_rank_forms import Candidate
-from .low_rank_price import Price
-from .low_rank_sites import Site
+from .forms import Candidate
+from .price import Price
+from .sites import Site
 
 
 @dataclasses.dataclass(frozen=True)

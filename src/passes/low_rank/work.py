@@ -25,16 +25,16 @@ from ...ir.sizing import is_dynamic, static_twin
 from ...targets.onnxruntime import OrtRunner
 from ..base import Context, Feed
 from ..probe import NumericError, default_dims, numeric_error, run_on_sample
-from .divergence import Outputs, held_out
-from .low_rank_choice import Choice, Menu, Option
-from .low_rank_factors import Factors, Known
-from .low_rank_forms import Candidate, Form, candidates, forms_of, original
-from .low_rank_price import Price, Prices
-from .low_rank_refit import Written, refit
-from .low_rank_sites import Refusal, Site, bias_array, find_sites
-from .low_rank_statistics import ChannelMoments, channel_moments
-from .low_rank_write import write
-from .rounding import preferred_multiple
+from ..prune.divergence import Outputs, held_out
+from ..prune.rounding import preferred_multiple
+from .choice import Choice, Menu, Option
+from .factors import Factors, Known
+from .forms import Candidate, Form, candidates, forms_of, original
+from .price import Price, Prices
+from .refit import Written, refit
+from .sites import Refusal, Site, bias_array, find_sites
+from .statistics import ChannelMoments, channel_moments
+from .write import write
 
 _WEIGHED = 8
 """Samples on which one layer's error is held against the model's."""

@@ -16,7 +16,7 @@ import functools
 
 import numpy as np
 
-from .low_rank_forms import Candidate, Form
+from .forms import Candidate, Form
 
 _FLOOR = 1e-6
 """Directions of less than this share of the greatest energy are no directions of the data."""

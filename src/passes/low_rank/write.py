@@ -12,8 +12,8 @@ import onnx_ir as ir
 
 from ...ir.edit import Editor
 from ...ir.graph import AbsentTensor, constant_array, constant_tensor, is_absent
-from .low_rank_forms import Candidate, Form
-from .low_rank_sites import Site
+from .forms import Candidate, Form
+from .sites import Site
 
 _SEAMS = ("down", "middle", "up")
 

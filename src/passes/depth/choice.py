@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ..quantize.capture import Progress
-from .depth_blocks import Block, Found
+from .blocks import Block, Found
 
 _LEAST = 1e-9
 """A rise in error power below this is as good as none."""

@@ -18,7 +18,7 @@ from ..base import Feed
 from ..probe import run_on_sample
 from ..quantize.capture import Progress, iterate
 from ..quantize.switched import divergence_over
-from .depth_blocks import CONVOLUTION, POOLING, Block
+from .blocks import CONVOLUTION, POOLING, Block
 
 _GATES = "depth/present"
 

@@ -13,9 +13,9 @@ import onnx_ir as ir
 
 from ...errors import PassOptionError
 from ..base import Context, Pass, PassResult, Stage
-from .low_rank_choice import Choice, Menu, Option, by_energy, by_share, fastest, removed
-from .low_rank_forms import Form
-from .low_rank_work import Wish, Work
+from .choice import Choice, Menu, Option, by_energy, by_share, fastest, removed
+from .forms import Form
+from .work import Wish, Work
 
 MEASURES = ("macs", "time", "weights")
 _RETREAT = (1.0, 0.75, 0.5, 0.25)

@@ -22,8 +22,8 @@ from ..probe import default_dims
 from ..quantize.capture import Progress, require_samples
 from ..quantize.sensitivity import TRYING_MACS, spread_over
 from ..quantize.switched import divergence_over
-from .depth_blocks import Block, Found, find_blocks
-from .depth_choice import (
+from .blocks import Block, Found, find_blocks
+from .choice import (
     Chosen,
     Goal,
     Policy,
@@ -34,9 +34,9 @@ from .depth_choice import (
     db,
     units_of,
 )
-from .depth_harm import Harm, Skipping, influence
-from .depth_removal import close_places, remove_blocks
-from .depth_repair import repair_cuts
+from .harm import Harm, Skipping, influence
+from .removal import close_places, remove_blocks
+from .repair import repair_cuts
 
 SAMPLES = 16
 """As many samples, evenly spread, tell what a block does."""

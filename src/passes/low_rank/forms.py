@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...ir.graph import attribute
-from .low_rank_sites import Site
+from .sites import Site
 
 _GRID = 24
 """Ranks of one form that are looked at, at most."""

@@ -18,7 +18,7 @@ from ...ir.graph import AbsentTensor, add_initializer
 from ...ir.ops import graph_cost
 from ...ir.shapes import infer_shapes
 from ...targets.target import Target
-from .low_rank_forms import Step
+from .forms import Step
 
 Dims = tuple[int, ...]
 _BYTES_A_MAC = 2.0

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from ...ir.edit import Editor
 from ..base import Context
 from ..cleanup.dead_code import DeadCode
-from .depth_blocks import CONVOLUTION, POOLING, Block
+from .blocks import CONVOLUTION, POOLING, Block
 
 
 def remove_blocks(model: ir.Model, blocks: Sequence[Block]) -> list[tuple[ir.Node, int]]:

@@ -22,7 +22,7 @@ from ..quantize.capture import Capture
 from ..quantize.layers import LinearLayer, linear_layer
 from ..quantize.moments import Moments
 from ..quantize.reconstruct import MAX_INPUTS, reconstruct
-from .low_rank_write import set_bias
+from .write import set_bias
 
 MAX_SAMPLES = 64
 """More calibration samples are thinned out evenly: every layer in a row runs them all again."""
