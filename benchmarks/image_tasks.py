@@ -1,11 +1,11 @@
-"""Trained image classifiers of ten families: what pruning is judged on beside `labelled_tasks`.
+"""Image classifiers of ten families, trained here: what `prune` is judged on as well.
 
     python benchmarks/image_tasks.py [NAME...]          # trains what isn't there, and scores it
 
 Here: `image_tasks()`, a `Task` for each network of `image_nets`, trained on the pictures of
-`image_data` from fixed seeds on one core (3 to 12 minutes each; then kept in
-`$EDGEPASS_BENCHMARKS`, as ONNX and as the torch weights). Calibration pictures are unlabelled, from
-the training distribution; the 2,000 test pictures are of another seed.
+`image_data` from fixed seeds on one core (resnet20: some 4 minutes of processor time with AMX; then
+kept in `$EDGEPASS_BENCHMARKS`, as ONNX and as the torch weights). Calibration pictures are
+unlabelled, from the training distribution; the 2,000 test pictures are of another seed.
 """
 
 from __future__ import annotations
