@@ -39,8 +39,8 @@ from .passes.legalize import Legalize
 from .passes.lower.attention import AttentionForms
 from .passes.lower.pack_zeros import PackZeros
 from .passes.lower.runtime_forms import RuntimeForms
-from .passes.prune.sparsify import Sparsify
 from .passes.registry import find_pass
+from .passes.sparsify.sparsify import Sparsify
 from .passes.spec import PassSpec, build_pass, format_pass, parse_specs
 
 GROUPS: dict[str, tuple[type[Pass], ...]] = {
@@ -157,20 +157,32 @@ def pruning_pass(text: str) -> Pass:
     )
 
 
-def with_ratio(text: str, ratio: float) -> str:
-    """The recipe with another `ratio` of the pass that prunes.
+def with_ratio(text: str, ratio: float, limit: float | None = None) -> str:
+    """The recipe with another `ratio` of the pass that prunes, and another `limit` where it has
+    one that is not given.
 
     Raises:
         PassOptionError: there is no such pass, or the recipe can't be read.
     """
     wanted = pruning_pass(text)
+    options = {"ratio": round(ratio, 4)}
+    default = next((f.default for f in dataclasses.fields(wanted) if f.name == "limit"), None)
+    if limit is not None and default is not None and vars(wanted)["limit"] == default:
+        options["limit"] = limit
     specs = parse_specs(_PLUS.sub(",", text))
     items = [_expand(spec) for spec in specs]
-    whole = "," not in _outside_braces(text) or _compresses(specs, sum(items, []))
+    whole = "," not in _outside_braces(text) or _compresses(
+        specs, [item for passes in items for item in passes]
+    )
     texts = []
     for spec, passes in zip(specs, items, strict=True):
         if passes and passes[0] == wanted:
-            texts.append(format_pass(dataclasses.replace(passes[0], ratio=round(ratio, 4))))  # type: ignore[call-arg]
+            shown = format_pass(dataclasses.replace(passes[0], **options))
+            if "ratio=" not in shown:  # the default
+                rest = shown.removeprefix(passes[0].name).strip("{}")
+                told = ",".join(part for part in (f"ratio={options['ratio']}", rest) if part)
+                shown = f"{passes[0].name}{{{told}}}"
+            texts.append(shown)
         elif spec.options:
             texts.append(format_pass(passes[0]))
         else:

@@ -53,6 +53,13 @@ def test_a_sweep():
     assert "best, pareto.png, sweep.json, table.txt" in output
 
 
+def test_pruning():
+    output = run("prune.py")
+    assert "in reach" in output
+    assert "keeps the limits" in output
+    assert "to compile: prune{ratio=" in output
+
+
 def test_the_demo():
     output = run("demo.py")
     # "host int8 33,057 bytes accuracy 0.9944", and "emulated" likewise where there is a machine

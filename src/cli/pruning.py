@@ -76,7 +76,7 @@ def prune(
     logits: Logits = False,
     step: Annotated[float, typer.Option(help="Ratios tried are multiples of it.")] = 0.05,
     most: Annotated[float, typer.Option(help="The largest ratio that is tried.")] = 0.9,
-    samples: Annotated[int, typer.Option(min=1, help="--scan: samples to look at at most.")] = 48,
+    samples: Annotated[int, typer.Option(min=1, help="--scan: samples to look at at most.")] = 96,
     lines: Annotated[int, typer.Option(help="--scan: lines of the table.")] = 60,
     time_budget: Annotated[
         float, typer.Option(min=0, help="Seconds of timing for each ratio; 0 for none.")

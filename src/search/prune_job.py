@@ -27,10 +27,10 @@ from ..passes.prune.groups import Group, find_groups
 from ..passes.prune.importance import Importance, weight_rows
 from ..passes.prune.quantized import refuse_quantized
 from ..passes.prune.remove import remove
-from ..passes.prune.repair import kept_outputs, repair
+from ..passes.prune.repair import kept_outputs, lost_inputs, repair
 from ..passes.prune.repair_heads import rotate_heads
 from ..passes.prune.rounding import preferred_multiple
-from ..passes.prune.statistics import collect, unit_sums
+from ..passes.prune.statistics import batches, collect, unit_sums
 from ..passes.prune.structured import StructuredPrune
 from ..passes.quantize.switched import divergence_over
 from ..pipelines import GROUPS, pruning_pass
@@ -84,6 +84,11 @@ class PruneJob:
         self.teachers, self.judges = self._samples(feeds, samples)
         self.measured = OUTPUTS if self.judges else "" if self.absent else WEIGHTS
         self._whole = self._size(self.bare)
+        if not self.groups.free:
+            self.notes.append(
+                "nothing can be pruned: give the model as it was exported, before a runtime's own "
+                "operators were fused"
+            )
 
     @property
     def parameters(self) -> int:
@@ -163,24 +168,21 @@ class PruneJob:
             return 0.0
         if self.measured == WEIGHTS:
             return max(_energy(group, units) for group, units in chosen.items())
-        readers = {s.node.outputs[0].name for group in chosen for s in group.consumers}
-        pruned = self._without(self.model, numbers, readers)
+        pruned = self._without(self.model, numbers, solve=self.item.repair)
         return divergence_over(zip(outputs, self._run(pruned), strict=True))
 
     def _without(
-        self,
-        model: ir.Model,
-        numbers: Mapping[int, list[int]],
-        readers: set[str | None] | None = None,
+        self, model: ir.Model, numbers: Mapping[int, list[int]], *, solve: bool = False
     ) -> ir.Model:
-        """A copy without those units; the weights of `readers` solved again."""
+        """A copy without those units; layers that lost inputs solved again, as by the pass."""
         copy = model.clone()
         groups = find_groups(copy, heads=self.item.heads, widths=self.item.widths)
         chosen = {groups[i]: units for i, units in numbers.items()}
         kept = kept_outputs(chosen)
         remove(copy, groups, chosen)
-        if readers and self.item.repair:
-            repair(copy, self.model, kept, self.teachers, only=readers)
+        if solve:
+            lost = lost_inputs(copy, self.model)
+            repair(copy, self.model, kept, self.teachers, only=lost)
         return copy
 
     # --- all groups ------------------------------------------------------------------------------
@@ -194,7 +196,13 @@ class PruneJob:
             count = len(feeds)
             where = np.unique(np.linspace(0, count - 1, min(most, count)).astype(int))
             feeds = [feeds[int(i)] for i in where]
-        return held_out(feeds)
+        teachers, judges = held_out(feeds)
+        if len(teachers) == len(judges):
+            self.notes.append(
+                f"errors are on the same {len(judges)} samples that weights were solved on: they "
+                "look smaller than they are"
+            )
+        return teachers, judges
 
     def _ranked(self) -> list[Ranked]:
         groups = [g for g in self.groups.free if self.item.takes(g)]
@@ -203,12 +211,21 @@ class PruneJob:
             importance = Importance.RECONSTRUCTION if self.teachers else Importance.L2
         if self.absent:
             importance = Importance.RANDOM
-        statistics = {}
-        if self.teachers:
-            statistics = collect(groups, self.teachers, self.model, self.progress)
-            if self.item.repair and rotate_heads(groups, statistics):
-                statistics = collect(groups, self.teachers, self.model, self.progress)
-        return rank(groups, statistics, importance, min(0.9, self.ratio + 0.05), self.item.seed)
+        self._turn_heads(groups)
+        looks = bool(self.teachers) and importance.needs_samples
+        ranked: list[Ranked] = []
+        for part in batches(groups) if looks else [groups]:
+            found = collect(part, self.teachers, self.model, self.progress) if looks else {}
+            limit = min(0.9, self.ratio + 0.05)
+            ranked += rank(part, found, importance, limit, self.item.seed)
+        return ranked
+
+    def _turn_heads(self, groups: Sequence[Group]) -> None:
+        """As the pass does before it ranks: no result changes."""
+        if not self.teachers or not self.item.repair:
+            return
+        for part in batches([group for group in groups if group.kind == "head dimensions"]):
+            rotate_heads(part, collect(part, self.teachers, self.model, self.progress))
 
     def _how(self) -> Choosing:
         multiple = self.item.multiple or preferred_multiple(self.target)
@@ -248,18 +265,20 @@ def _parameters(model: ir.Model) -> int:
 
 
 def _energy(group: Group, units: Sequence[int]) -> float:
-    """The share of the squared weights that read or, where nothing does, compute these units."""
-    for sites in (group.consumers, group.producers, group.sites):
-        total = np.zeros(group.size)
+    """The share of the squared weights that compute units and read them, multiplied, which is in
+    these units: what a linear network would lose."""
+    total = np.ones(group.size)
+    for sites in (group.producers, group.consumers):
+        squares = np.zeros(group.size)
         for site in sites:
             rows = weight_rows(site)
             if rows is not None:
-                total += unit_sums(
-                    (rows.reshape(len(rows), -1) ** 2).sum(1), site.units, group.size
-                )
-        if total.sum() > 0:
-            return float(total[np.asarray(units, int)].sum() / total.sum())
-    return 0.0
+                own = (rows.reshape(len(rows), -1) ** 2).sum(1)
+                squares += unit_sums(own, site.units, group.size)
+        if squares.sum() > 0:
+            total *= squares
+    lost: float = total[np.asarray(units, int)].sum() / max(float(total.sum()), 1e-300)
+    return float(lost)
 
 
 def _less(before: float | None, after: float | None) -> float | None:

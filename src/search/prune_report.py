@@ -63,6 +63,9 @@ def search_table(found: Pruned) -> Any:
     for heading in (*headings, "verdict"):
         left = heading in ("", "verdict")
         table.add_column(heading, justify="left" if left else "right", overflow="fold")
+    if found.original is not None:
+        cells = _trial(found.original, metrics, "outputs, dB" in headings)
+        table.add_row(*map(Text, ("", "original", *cells[1:], "")))
     for trial in sorted(found.trials, key=lambda trial: trial.ratio):
         cells = _trial(trial, metrics, "outputs, dB" in headings)
         mark = "*" if trial is found.chosen else ""

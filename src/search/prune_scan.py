@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -30,8 +30,8 @@ from .prune_rows import BlockedRow, GroupRow
 from .trials import Progress
 
 SCHEMA, SCHEMA_VERSION = "edgepass.prune_scan", 1
-SAMPLES = 48
-"""Calibration samples that a scan looks at; a third of them only judges."""
+SAMPLES = 96
+"""Calibration samples that a scan looks at; every eighth of them only judges."""
 RATIO = 0.3
 
 
@@ -119,20 +119,23 @@ def prune_scan(
     recipe: str = "prune",
     calibration: Any = None,
     samples: int = SAMPLES,
+    example_inputs: Any = None,
+    dynamic_shapes: Any = None,
+    input_shapes: Sequence[str] | Mapping[str, str] | None = None,
     dims: Mapping[str, int] | None = None,
-    input_shapes: Any = None,
     progress: Progress | None = None,
 ) -> PruneScan:
     """What pruning each group of a model alone would gain and cost.
 
     Args:
-        model, target, dims, input_shapes: see `compile`; weights may be absent, then errors are.
+        model, target, example_inputs, dynamic_shapes, input_shapes, dims: see `compile`. Weights
+            may be absent, and then errors are.
         ratio: the share of each group's units that is tried, 0.3 by default.
         recipe: the pass `prune` with its options: `prune{heads=whole}`; its ratio counts where
             `ratio` is not given.
-        calibration: representative inputs, or an `Evaluation`, of which only the data count.
-            Weights are solved again on two thirds of them, and the outputs' error is measured on
-            the others. Without any, the weights' energy says what is small.
+        calibration: representative inputs, or an `Evaluation`, of which only the data count. Every
+            eighth only judges the outputs, and weights are solved again on the others. Without any,
+            the weights' energy says what is small.
         samples: how many of them at most, evenly spread.
         progress: called with (done, total, what).
 
@@ -142,7 +145,13 @@ def prune_scan(
     """
     started = time.perf_counter()
     device = get_target(target)
-    graph = load_supported(model, input_shapes=input_shapes, weights_required=False)
+    graph = load_supported(
+        model,
+        example_inputs=example_inputs,
+        dynamic_shapes=dynamic_shapes,
+        input_shapes=input_shapes,
+        weights_required=False,
+    )
     notes = list(load_notes(graph))
     if samples < 1:
         raise UsageError("samples must be at least 1")

@@ -45,6 +45,7 @@ class Pruned:
     target: str
     met: bool
     reason: str
+    original: Trial | None
     chosen: Trial | None
     trials: tuple[Trial, ...]
     compiled: Compiled | None = dataclasses.field(repr=False)
@@ -85,6 +86,7 @@ class Pruned:
             "recipe": self.recipe,
             "reason": self.reason,
             "blame": self.blame,
+            "original": None if self.original is None else self.original.as_dict(),
             "trials": [trial.as_dict() for trial in self.trials],
             "notes": list(self.notes),
         }
@@ -112,8 +114,10 @@ def prune(
     recipe: str = "prune",
     step: float = STEP,
     most: float = MOST,
-    dims: Mapping[str, int] | None = None,
+    example_inputs: Any = None,
+    dynamic_shapes: Any = None,
     input_shapes: Sequence[str] | Mapping[str, str] | None = None,
+    dims: Mapping[str, int] | None = None,
     time_budget_s: float = 0.5,
     force: bool = False,
     progress: Progress | None = None,
@@ -124,10 +128,11 @@ def prune(
     this machine, corrected by what was measured. With an `evaluation` that has limits, no model is
     returned that breaks them: where the ratio wished for does, the largest one that keeps them is
     sought, by halving the interval, as if more pruning never did less harm. With such an evaluation
-    alone, that ratio is the answer.
+    alone, that ratio is the answer. Limits take the place of the pass's own bound, its `limit`.
 
     Args:
-        model, target, dims, input_shapes, time_budget_s, force: see `compile`.
+        model, target, example_inputs, dynamic_shapes, input_shapes, dims, time_budget_s, force: see
+            `compile`.
         ratio: the share to prune; less where limits ask for it.
         budget: in place of a ratio.
         evaluation: data, metrics and limits. Without one, the outputs' error on a third of the
@@ -140,7 +145,7 @@ def prune(
 
     Raises:
         UsageError: there is neither ratio, nor budget, nor limits.
-        EdgepassError: see `compile`, `Evaluation.run`.
+        EdgepassError: see `compile`, `Evaluation.run`; what is raised at every ratio.
     """
     limited = evaluation is not None and bool(evaluation.limits)
     if ratio is None and budget is None and not limited:
@@ -156,7 +161,13 @@ def prune(
             why=f"they are {ratio}, {step}, {most}",
         )
     pruning_pass(recipe)
-    graph = load_supported(model, input_shapes=input_shapes, weights_required=True)
+    graph = load_supported(
+        model,
+        example_inputs=example_inputs,
+        dynamic_shapes=dynamic_shapes,
+        input_shapes=input_shapes,
+        weights_required=True,
+    )
     tryout = Tryout(
         graph,
         get_target(target),
@@ -184,8 +195,9 @@ def _for_limits(tryout: Tryout, grid: list[float], limited: bool) -> Pruned:
     """The largest ratio of the grid that keeps the limits; without limits, the largest."""
     wished = tryout.trial(grid[-1])
     if not limited:
-        _require(wished)
-        return _answer(tryout, True, f"{_percent(wished.ratio)} pruned, as asked", wished.ratio)
+        _require(tryout, wished)
+        text = f"{_percent(wished.ratio)} of each group asked for"
+        return _answer(tryout, True, text, wished.ratio)
     if wished.good:
         return _answer(tryout, True, f"{_percent(wished.ratio)} keeps the limits", wished.ratio)
     best = _largest(tryout, grid[:-1])
@@ -201,7 +213,7 @@ def _for_budget(tryout: Tryout, grid: list[float], limited: bool) -> Pruned:
     tried = tryout.trials
     met = min((r for r, trial in tried.items() if not (trial.failed or trial.over)), default=None)
     wanted = max(tried) if met is None else met
-    _require(tried[wanted])
+    _require(tryout, tried[wanted])
     over = "; ".join(tried[wanted].over)
     if limited and tried[wanted].lost:
         best = _largest(tryout, [r for r in grid if r < wanted - 1e-9])
@@ -285,20 +297,28 @@ def _largest(tryout: Tryout, grid: list[float]) -> float | None:
 
 
 def _answer(tryout: Tryout, met: bool, reason: str, ratio: float) -> Pruned:
+    removed = tryout.removed(tryout.trials[ratio])
+    done = [
+        f"{row.name.partition('{')[0]}: {note}"
+        for row in tryout.pruning_rows(ratio)
+        for note in row.notes
+    ]
     return Pruned(
         target=tryout.target.name,
         met=met,
-        reason=reason,
+        reason=f"{reason}: {removed}" if removed else reason,
+        original=tryout.original,
         chosen=tryout.trials[ratio],
         trials=_sorted(tryout),
         compiled=tryout.made[ratio],
-        notes=tuple(dict.fromkeys((*tryout.notes, *tryout.trials[ratio].notes))),
+        notes=tuple(dict.fromkeys((*done, *tryout.notes, *tryout.trials[ratio].notes))),
     )
 
 
 def _nothing_keeps(tryout: Tryout, smallest: float) -> Pruned:
     """No ratio keeps the limits: the fault of the rest of the recipe, or of a group."""
     nothing = tryout.trial(0.0)
+    _require(tryout, nothing)
     first = tryout.trials[smallest]
     why = first.failed or "; ".join(first.lost)
     blame = ""
@@ -311,6 +331,7 @@ def _nothing_keeps(tryout: Tryout, smallest: float) -> Pruned:
         target=tryout.target.name,
         met=False,
         reason=". ".join(part for part in (reason, blame) if part),
+        original=tryout.original,
         chosen=None,
         trials=_sorted(tryout),
         compiled=None,
@@ -352,14 +373,9 @@ def _sorted(tryout: Tryout) -> tuple[Trial, ...]:
     return tuple(tryout.trials[ratio] for ratio in sorted(tryout.trials))
 
 
-def _require(trial: Trial) -> None:
-    if trial.failed:
-        raise UsageError(
-            f"Pruning by {_percent(trial.ratio)} failed",
-            where=f"recipe {trial.recipe!r}",
-            why=trial.failed,
-            fix="see the reason; `edgepass prune --scan` shows what can be pruned",
-        )
+def _require(tryout: Tryout, trial: Trial) -> None:
+    if trial.ratio in tryout.errors:
+        raise tryout.errors[trial.ratio]
 
 
 def _percent(ratio: float) -> str:

@@ -12,14 +12,16 @@ from typing import Any
 import onnx_ir as ir
 
 from ..api import compile as compile_model
-from ..architecture import Architecture
+from ..architecture import Architecture, without_weights
 from ..compiled import Compiled
 from ..cost.budget import Budget, Verdict
 from ..cost.latency import Latency
 from ..errors import EdgepassError, UsageError
 from ..evaluation.evaluation import Evaluation
 from ..evaluation.report import CANNOT_TELL, EXCEEDS, MetricResult
-from ..pipelines import with_ratio
+from ..passes.base import Stage
+from ..passes.ledger import LedgerRow
+from ..pipelines import parse_recipe, with_ratio
 from ..samples import Feed
 from ..targets.registry import runs_on_host
 from ..targets.target import Target
@@ -28,6 +30,9 @@ from .trials import Progress
 
 _JUDGES = 3
 """Without an evaluation, every third calibration sample is held out to judge on."""
+_ORIGINAL = "default"
+_NO_BOUND = 100.0
+"""Of the outputs' variance: the evaluation's limits judge instead."""
 _FEWEST = 6
 """Samples from which on some can be spared."""
 
@@ -98,13 +103,16 @@ class Tryout:
         self.feeds, self.teachers = feeds, feeds
         self.progress, self.notes = progress, list[str]()
         self.trials: dict[float, Trial] = {}
+        self.errors: dict[float, EdgepassError] = {}
+        self.original: Trial | None = None
         self.made: dict[float, Compiled] = {}
         self._seconds = time_budget_s if runs_on_host(target) else 0.0
         self._force = force
-        self._net: Architecture | None = None
+        self._net = Architecture(without_weights(graph))
         self._judged = evaluation
         if evaluation is None and feeds is not None:
             self._hold_out(feeds)
+        self._price_original()
 
     def _hold_out(self, feeds: Sequence[Feed]) -> None:
         count = len(feeds)
@@ -128,6 +136,38 @@ class Tryout:
         """Whether trials are timed here."""
         return self._seconds > 0
 
+    def removed(self, trial: Trial) -> str:
+        """The shares of parameters and MACs that are gone, in words; '' where not known."""
+        before = self.original
+        if before is None or not before.parameters or trial.parameters is None:
+            return ""
+        text = f"{1 - trial.parameters / before.parameters:.1%} of the parameters"
+        if before.macs and trial.macs is not None:
+            text += f" and {1 - trial.macs / before.macs:.1%} of the MACs"
+        return f"{text} removed"
+
+    def _price_original(self) -> None:
+        for row in self._net.estimate(self.target, [_ORIGINAL], dims=self.dims).rows:
+            self.original = Trial(
+                0.0,
+                _ORIGINAL,
+                parameters=row.parameters,
+                macs=row.macs,
+                file_bytes=row.file_bytes,
+                predicted=row.latency,
+            )
+
+    def recipe_at(self, ratio: float) -> str:
+        """The recipe at a ratio. Limits of an evaluation judge better than the pass's own bound."""
+        limited = self.evaluation is not None and bool(self.evaluation.limits)
+        return with_ratio(self.recipe, ratio, limit=_NO_BOUND if limited else None)
+
+    def pruning_rows(self, ratio: float) -> list[LedgerRow]:
+        """What the passes that prune say of the model made at a ratio."""
+        names = {p.name for p in parse_recipe(self.recipe) if p.stage is Stage.PRUNE}
+        rows = self.made[ratio].ledger.rows
+        return [row for row in rows if row.name.partition("{")[0] in names]
+
     def predicted(self, ratio: float) -> tuple[Verdict, ...]:
         """The budget's verdicts on what the cost model says, before anything is compiled.
 
@@ -135,9 +175,7 @@ class Tryout:
             UsageError: the recipe can't be priced.
         """
         assert self.budget is not None
-        if self._net is None:
-            self._net = Architecture(self.graph)
-        text = with_ratio(self.recipe, ratio)
+        text = self.recipe_at(ratio)
         self.progress(len(self.trials), len(self.trials) + 1, f"pricing {text}")
         found = self._net.estimate(self.target, [text], dims=self.dims)
         if text in found.failed:
@@ -155,7 +193,7 @@ class Tryout:
         self.made.pop(ratio, None)
 
     def _make(self, ratio: float) -> Trial:
-        text = with_ratio(self.recipe, ratio)
+        text = self.recipe_at(ratio)
 
         def tell(done: int, total: int, what: str) -> None:
             part = f" {done}/{total}" if total > 1 else ""
@@ -175,6 +213,7 @@ class Tryout:
                 progress=tell,
             )
         except EdgepassError as error:
+            self.errors[ratio] = error
             return Trial(ratio, text, failed=str(error))
         self.made[ratio] = made
         cost = made.cost
@@ -196,6 +235,10 @@ class Tryout:
             return trial
         report = self._judged.run(self.graph, {"pruned": made}, progress=tell)
         rung = report["pruned"]
+        if self.original is not None:
+            self.original = dataclasses.replace(
+                self.original, metrics=dict(report.original.metrics)
+            )
         lost = limit_texts(rung) if rung.verdict in (EXCEEDS, CANNOT_TELL) else ()
         errors = [part.sqnr_db for part in rung.divergence.values()]
         return dataclasses.replace(
