@@ -26,9 +26,9 @@ from labelled_tasks import NotThere, Task, tasks
 
 import edgepass
 from edgepass.frontends import load_supported
+from edgepass.passes.depth.blocks import find_blocks
 from edgepass.passes.driver import run_passes
 from edgepass.passes.probe import default_dims
-from edgepass.passes.depth.blocks import find_blocks
 from edgepass.pipelines import parse_recipe
 from edgepass.speed import time_in_turns
 

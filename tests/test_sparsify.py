@@ -15,11 +15,11 @@ from edgepass.ir.verify import verify
 from edgepass.passes.base import Context
 from edgepass.passes.driver import run_passes
 from edgepass.passes.lower.pack_zeros import PackZeros
-from edgepass.passes.prune.sparsegpt import BLOCK, sparsegpt
-from edgepass.passes.prune.sparsify import Sparsify
-from edgepass.passes.prune.sparsify_patterns import Pattern, keep_of_run, smallest
 from edgepass.passes.quantize.weight_only import WeightOnly
 from edgepass.passes.quantize.zeros import solve_around, zeros_to_keep
+from edgepass.passes.sparsify.patterns import Pattern, keep_of_run, smallest
+from edgepass.passes.sparsify.sparsegpt import BLOCK, sparsegpt
+from edgepass.passes.sparsify.sparsify import Sparsify
 from edgepass.pipelines import parse_recipe
 from edgepass.targets.onnx_file import write_onnx
 from edgepass.targets.onnxruntime import OrtRunner

@@ -24,7 +24,7 @@ from .rules import RewriteRule
 
 PassClass = TypeVar("PassClass", bound=type[Pass])
 
-_FOLDERS = ("cleanup", "prune", "low_rank", "depth", "fuse", "quantize", "lower")
+_FOLDERS = ("cleanup", "prune", "sparsify", "low_rank", "depth", "fuse", "quantize", "lower")
 """Every module in these folders of this package is searched for passes."""
 
 _passes: dict[str, type[Pass]] = {}

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from ...ir.graph import attribute, constant_tensor, graphs, is_onnx_op, node_name
-from .sparsify_patterns import Pattern
+from .patterns import Pattern
 
 _RECURRENT = ("LSTM", "GRU", "RNN")
 

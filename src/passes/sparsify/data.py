@@ -24,9 +24,9 @@ from ..quantize.layers import LinearLayer, linear_layer
 from ..quantize.moments import Moments, excess
 from ..quantize.qdq import drop_unused_constant
 from ..quantize.zeros import solve_around
+from .patterns import Pattern, keep_of_run, smallest
 from .sparsegpt import BLOCK, saliency, sparsegpt
-from .sparsify_patterns import Pattern, keep_of_run, smallest
-from .sparsify_weights import Weight
+from .weights import Weight
 
 MAX_INPUTS = 4608
 """Wider layers get Wanda's scores: a matrix of all pairs of inputs is too much."""

@@ -19,9 +19,9 @@ from ...ir.quant import QuantPlan
 from ..base import Context, Pass, PassResult, Stage
 from ..fuse.affine import FoldAffine
 from ..quantize.capture import require_samples
-from .sparsify_data import Layers, layers_with_data, ratios_by_error
-from .sparsify_patterns import Pattern, parse_pattern, smallest
-from .sparsify_weights import Weight, find_weights
+from .data import Layers, layers_with_data, ratios_by_error
+from .patterns import Pattern, parse_pattern, smallest
+from .weights import Weight, find_weights
 
 _METHODS = ("auto", "magnitude", "wanda", "sparsegpt")
 _SCOPES = ("tensor", "global")
