@@ -2,7 +2,8 @@
 
 Here: `repair`, which goes through the layers that lost inputs in graph order and solves each by
 least squares for the results of the model before pruning, given the inputs that the layers repaired
-so far make. Not here: single layers (`repair_items`), the arithmetic (`least_squares`), what to remove (`selection`).
+so far make. Not here: single layers (`repair_items`), the arithmetic (`least_squares`), what to
+remove (`selection`).
 
 He et al. 2017, "Channel pruning for accelerating very deep neural networks", arXiv:1707.06168,
 section 3.2, do the same for convolutions; as there, a layer whose result is added to a residual
