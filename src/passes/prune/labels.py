@@ -281,6 +281,10 @@ def reshape(
     found: list[Track] = []
     for whole in tracks:
         others = [t for t in tracks if t is not whole]
+        cut = _cut_or_joined(labels, whole, pieces, before, after)
+        if cut is not None:
+            found.append(cut)
+            continue
         reason = f"{where}: the sizes do not say where axes go"
         track = _away_from_unknown(labels, whole, pieces, before, after, reason)
         if track is None:
@@ -294,6 +298,34 @@ def reshape(
         if moved is not None:
             found.append(moved)
     return tuple(found)
+
+
+def _cut_or_joined(
+    labels: Labels,
+    track: Track,
+    pieces: Sequence[Piece],
+    before: Sequence[Dim],
+    after: Sequence[Dim],
+) -> Track | None:
+    """Channels that become groups before axes of unknown size, or groups that become channels.
+
+    [batch, 64, h, w] -> [batch, 8, n] has 8 runs of 8 channels, whatever h and w are.
+    """
+    for ins, outs in pieces:
+        if track.axes != ins[:1] or not outs:
+            continue
+        old, new = before[ins[0]], after[outs[0]]
+        if all(isinstance(d, int) for d in [*(before[a] for a in ins), *(after[a] for a in outs)]):
+            continue
+        if not isinstance(old, int) or not isinstance(new, int) or min(old, new) < 2:
+            continue
+        if old % new == 0:
+            rows = track.ids.reshape(new, -1)
+            labels.unite(rows, rows[:, :1])
+            return Track(outs[:1], rows[:, 0])
+        if new % old == 0:
+            return Track(outs[:1], np.repeat(track.ids, new // old))
+    return None
 
 
 def _away_from_unknown(

@@ -54,6 +54,27 @@ def _reshape(node: ir.Node, kept: Kept) -> None:
     _patch_sizes(node, 1, kept)
 
 
+def _shape(node: ir.Node, kept: Kept) -> None:
+    """What is computed with the number of channels goes on with the old one."""
+    data = node.inputs[0]
+    dims = dims_of(data) or ()
+    read = range(len(dims))[attribute(node, "start", 0) : attribute(node, "end", None)]
+    changed = [a in kept.sizes(data) for a in read]
+    if not any(changed):
+        return
+    editor = Editor()
+    build = Builder(editor, node)
+    old = [
+        d if isinstance(d, int) and c else 0
+        for d, c in zip((dims[a] for a in read), changed, strict=True)
+    ]
+    value = build.initializer("sizes", np.array(old, np.int64))
+    if not all(changed):
+        options = {a.name: a.value for a in node.attributes.values()}
+        value = build.Where(np.array(changed), value, build.Shape(data, **options))
+    build.replace(node.outputs[0], value)
+
+
 def _expand(node: ir.Node, kept: Kept) -> None:
     _patch_sizes(node, 1, kept)
 
@@ -234,6 +255,7 @@ def _recurrent(node: ir.Node, kept: Kept) -> None:
 
 _HANDLERS: dict[str, Callable[[ir.Node, Kept], None]] = {
     "Reshape": _reshape,
+    "Shape": _shape,
     "Expand": _expand,
     "Resize": _resize,
     "Slice": _slice,

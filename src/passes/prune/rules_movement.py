@@ -36,54 +36,19 @@ def _transpose(flow: Flow, node: ir.Node) -> None:
     flow.put(node.outputs[0], [t.moved(to) for t in flow.of(data)])
 
 
-@rule("Shape", "Size")
+@rule("Shape")
 def _shape(flow: Flow, node: ir.Node) -> None:
-    """Sizes of other axes may be read. One that channels have, where it reaches only shapes."""
-    data = node.inputs[0]
+    """Sizes of channels may be read: what is computed with them goes on with the old ones
+    (`resize`), so that it stays as it was. Reshapes are told the new ones."""
     flow.put(node.outputs[0], ())
-    rank = len(dims_of(data) or ())
-    start, end = attribute(node, "start", 0), attribute(node, "end", None)
-    read = range(rank)[start:end]
-    for track in flow.of(data):
-        axes = [a for a in track.axes if a in read]
-        if axes and not _is_only_a_shape(
-            node.outputs[0], axes, start if start >= 0 else start + rank
-        ):
-            flow.labels.block(
-                track.ids, f"{where_is(node)}: the number of channels is computed with"
-            )
+    if node.outputs[0].is_graph_output():
+        flow.block(node.inputs[0], f"{where_is(node)}: the number of channels is an output")
 
 
-_SHAPE_OPERAND = {"Reshape": 1, "Expand": 1, "ConstantOfShape": 0, "Resize": 3}
-
-
-def _is_only_a_shape(sizes: ir.Value, axes: Sequence[int], start: int) -> bool:
-    for node, index in sizes.uses():
-        if node.op_type in ("Gather", "Slice"):
-            picked = _picked(node)
-            if picked is not None and not any(a - start in picked for a in axes):
-                continue
-        if _SHAPE_OPERAND.get(node.op_type) == index:
-            continue
-        passes = node.op_type in ("Concat", "Cast", "Squeeze", "Unsqueeze", "Gather", "Slice")
-        if passes and all(_is_only_a_shape(o, (0,), 0) for o in node.outputs):
-            continue
-        return False
-    return not sizes.is_graph_output()
-
-
-def _picked(node: ir.Node) -> set[int] | None:
-    """Which elements of a vector a Gather or Slice of constants takes; None when unknown."""
-    arrays = [constant_array(v) for v in node.inputs[1:] if v is not None]
-    if any(a is None for a in arrays):
-        return None
-    flat = [[int(x) for x in a.reshape(-1)] for a in arrays if a is not None]
-    if node.op_type == "Gather":
-        size = static_shape(node.inputs[0])
-        return {i + size[0] if i < 0 and size else i for i in flat[0]}
-    step = flat[3][0] if len(flat) > 3 else 1
-    size = static_shape(node.inputs[0])
-    return set(range(size[0])[flat[0][0] : flat[1][0] : step]) if size else None
+@rule("Size")
+def _size(flow: Flow, node: ir.Node) -> None:
+    flow.put(node.outputs[0], ())
+    flow.block(node.inputs[0], f"{where_is(node)}: the number of channels is computed with")
 
 
 # --- joining -----------------------------------------------------------------------------------
