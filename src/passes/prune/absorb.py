@@ -43,7 +43,7 @@ def absorb(model: ir.Model, flow: Flow, gone: np.ndarray) -> Known:
             continue
         given = np.where(mask & np.isfinite(values), values, 0.0)
         if given.any():
-            _absorb(model, flow, layer, given)
+            _absorb(flow, layer, given)
     return known
 
 
@@ -57,7 +57,7 @@ def _going(flow: Flow, gone: np.ndarray, value: ir.Value, axis: int) -> np.ndarr
     return mask
 
 
-def _absorb(model: ir.Model, flow: Flow, layer: LinearLayer, given: np.ndarray) -> None:
+def _absorb(flow: Flow, layer: LinearLayer, given: np.ndarray) -> None:
     weight = constant_array(layer.weight)
     assert weight is not None
     groups, inputs, _ = layer.shape
@@ -66,7 +66,7 @@ def _absorb(model: ir.Model, flow: Flow, layer: LinearLayer, given: np.ndarray) 
     result = layer.node.outputs[0]
     rank = len(dims_of(result) or ())
     tracks, along = flow.of(result), flow.at(result, layer.channel_axis % rank)
-    made = add_to_bias(model, layer, sums)
+    made = add_to_bias(layer, sums)
     if made is None:
         return
     bias, total = made

@@ -11,17 +11,26 @@ import onnx_ir as ir
 
 from ...ir.graph import add_initializer, constant_array, fresh_name, is_onnx_op
 from ..quantize.layers import LinearLayer
-from ..quantize.qdq import drop_unused_constant
+from ..quantize.qdq import drop_unused_constant, home_of
+from .views import GateLayer, StateLayer
 
 
 def with_bias(layer: LinearLayer) -> ir.Value:
     """The result of the layer: of the Add behind a MatMul, where that adds a bias."""
     found = _add_behind(layer)
-    return layer.node.outputs[0] if found is None else found[0].outputs[0]
+    return first_result(layer.node) if found is None else found[0].outputs[0]
 
 
-def set_bias(model: ir.Model, layer: LinearLayer, bias: np.ndarray) -> None:
+def first_result(node: ir.Node) -> ir.Value:
+    """The first result of a node that has a name: optional ones may have none."""
+    return next((value for value in node.outputs if value.name), node.outputs[0])
+
+
+def set_bias(layer: LinearLayer, bias: np.ndarray) -> None:
     """Give the layer that bias [outputs], in place of the one it has."""
+    if isinstance(layer, GateLayer):
+        _set_gates_bias(layer, bias)
+        return
     behind = _add_behind(layer)
     if behind is not None:
         node, index = behind
@@ -33,14 +42,29 @@ def set_bias(model: ir.Model, layer: LinearLayer, bias: np.ndarray) -> None:
             node.resize_inputs(3)
     old = node.inputs[index]
     base = f"{layer.weight.name}/bias" if old is None else f"{old.name}/repaired"
-    node.replace_input_with(index, add_initializer(model.graph, base, bias))
+    node.replace_input_with(index, add_initializer(home_of(layer.weight, node), base, bias))
     if old is not None:
         drop_unused_constant(old)
 
 
-def add_to_bias(
-    model: ir.Model, layer: LinearLayer, change: np.ndarray
-) -> tuple[ir.Value, ir.Value] | None:
+def _set_gates_bias(layer: GateLayer, bias: np.ndarray) -> None:
+    """Of a recurrent layer, the half of the bias that goes with its inputs, or with its state."""
+    directions, _, rows = layer.shape
+    node = layer.node
+    old = node.inputs[3] if len(node.inputs) > 3 else None
+    array = constant_array(old) if old is not None else None
+    both = np.zeros((directions, 2 * rows), bias.dtype) if array is None else array.copy()
+    start = rows if isinstance(layer, StateLayer) else 0
+    both[:, start : start + rows] = bias.reshape(directions, rows)
+    if len(node.inputs) < 4:
+        node.resize_inputs(4)
+    base = f"{layer.weight.name}/bias" if old is None else f"{old.name}/repaired"
+    node.replace_input_with(3, add_initializer(home_of(layer.weight, node), base, both))
+    if old is not None:
+        drop_unused_constant(old)
+
+
+def add_to_bias(layer: LinearLayer, change: np.ndarray) -> tuple[ir.Value, ir.Value] | None:
     """Change the layer's bias; the bias and the result with it. None where it is not a constant."""
     behind = _add_behind(layer)
     old = layer.bias if behind is None else behind[0].inputs[behind[1]]
@@ -49,7 +73,7 @@ def add_to_bias(
         return None
     dtype = layer.weight.dtype
     assert dtype is not None
-    set_bias(model, layer, (bias.reshape(-1) + change).astype(dtype.numpy()))
+    set_bias(layer, (bias.reshape(-1) + change).astype(dtype.numpy()))
     behind = _add_behind(layer)
     node, index = behind if behind is not None else (layer.node, 2)
     made = node.inputs[index]

@@ -14,18 +14,23 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
+from ...ir.graph import graph_tree
 from ..base import Feed
 from ..quantize.capture import Progress
-from ..quantize.layers import linear_layer
+from ..quantize.layers import LinearLayer
 from ..quantize.moments import Moments
-from .groups import Group
-from .repair_items import Item
+from .branches import flattened, paths
+from .layer_bias import first_result
+from .repair_items import Item, Solution, kept_outputs, named, own_weight, store
 from .stepwise import Stepwise
+from .views import linear_view, state_view
+
+__all__ = ["Repaired", "kept_outputs", "lost_inputs", "repair"]
 
 MAX_SAMPLES = 128
 """More samples are thinned out evenly: every layer in a row runs them all again."""
@@ -42,6 +47,11 @@ class Repaired:
     solved: int
     wide: int
 
+    def __add__(self, other: Repaired) -> Repaired:
+        return Repaired(
+            self.layers + other.layers, self.solved + other.solved, self.wide + other.wide
+        )
+
 
 def repair(
     model: ir.Model,
@@ -55,47 +65,106 @@ def repair(
 
     `reference` is the model before pruning; values have the same names in both. `kept` has the
     output channels that are left, by the name of the result, where some are gone. `only` are the
-    results of the nodes to solve, by name; all by default.
+    results of the nodes to solve, by name; all by default. Layers in branches of an If are solved
+    on the samples that take it, layers outside on those of the most common path.
 
     Raises:
         CalibrationError: a sample does not fit the model.
     """
-    places = {value.name: value for node in reference.graph for value in node.outputs}
-    nodes = [n for n in model.graph if only is None or n.outputs[0].name in only]
-    work = [item for node in nodes if (item := Item.of(node, places, kept)) is not None]
-    wide = sum(item.layer.shape[1] > MAX_INPUTS for item in work)
-    step = -(-len(samples) // MAX_SAMPLES)
-    chosen = samples[::step] if step > 1 else samples
-    blocks = list(_blocks(model, [i for i in work if i.layer.shape[1] <= MAX_INPUTS]))
-    before, now = Stepwise(reference, chosen), Stepwise(model, chosen)
-    solved = 0
-    for done, block in enumerate(blocks):
-        progress(done, len(blocks), "repairing")
-        targets = before.advance([item.target for item in block])
-        found = now.advance([value for item in block for value in item.own_values])
+    total, done = Repaired(0, 0, 0), set[ir.Node]()
+    for path in paths(reference, samples):
+        before, now = flattened(reference, path.taken), flattened(model, path.taken)
+        own = {twin: node for node in now.twins if (twin := now.node_of(node)) is not None}
+        nodes = [
+            node
+            for node in now.model.graph
+            if node in own
+            and own[node] not in done
+            and all(own_weight(layer) for layer in _layers(own[node]))
+            and (only is None or first_result(node).name in only)
+        ]
+        done.update(own[node] for node in nodes)
+        run = _Run(now.model, before.model, kept, path.samples)
+        total += run.solve(nodes, progress)
+        if now.model is not model:
+            for node, kind, solution in run.solved:
+                layer = kind(own[node])
+                assert layer is not None
+                store(layer, solution)
+    return total
+
+
+class _Run:
+    """The layers of a model without branches."""
+
+    def __init__(
+        self,
+        model: ir.Model,
+        reference: ir.Model,
+        kept: Mapping[str, np.ndarray],
+        samples: Sequence[Feed],
+    ) -> None:
+        self._model = model
+        self._places = {value.name: value for node in reference.graph for value in node.outputs}
+        self._kept = kept
+        step = -(-len(samples) // MAX_SAMPLES)
+        self._samples = samples[::step] if step > 1 else samples
+        self._before = Stepwise(reference, self._samples)
+        self._now = Stepwise(model, self._samples)
+        self.solved: list[tuple[ir.Node, Callable[[ir.Node], LinearLayer | None], Solution]] = []
+
+    def solve(self, nodes: Sequence[ir.Node], progress: Progress) -> Repaired:
+        """Solve the layers of those nodes, in place."""
+        work = [item for node in nodes for item in Item.of(node, self._places, self._kept)]
+        wide = sum(item.layer.shape[1] > MAX_INPUTS for item in work)
+        narrow = [item for item in work if item.layer.shape[1] <= MAX_INPUTS]
+        with named(value for item in work for value in item.nameless):
+            blocks = list(_blocks(self._model, narrow))
+            for done, block in enumerate(blocks):
+                progress(done, len(blocks), "repairing")
+                self._solve(block)
+            progress(len(blocks), len(blocks), "repairing")
+        return Repaired(len(work), len(self.solved), wide)
+
+    def _solve(self, block: Sequence[Item]) -> None:
+        targets = self._before.advance([v for item in block for v in item.wanted_values])
+        found = self._now.advance([value for item in block for value in item.own_values])
         for wanted, given in zip(targets, found, strict=True):
             for item in block:
-                item.add(given, wanted, len(chosen))
+                item.add(given, wanted, len(self._samples))
         for item in block:
-            solved += item.solve(model)
-    progress(len(blocks), len(blocks), "repairing")
-    return Repaired(len(work), solved, wide)
+            solution = item.solve()
+            if solution is not None:
+                store(item.layer, solution)
+                self.solved.append((item.layer.node, item.view, solution))
 
 
 def lost_inputs(model: ir.Model, reference: ir.Model) -> set[str | None]:
-    """The results, by name, of the layers that read fewer inputs than in the reference."""
-    before = {
-        layer.node.outputs[0].name: layer.shape[:2]
-        for node in reference.graph
-        if (layer := linear_layer(node)) is not None
+    """The results, by name, of the layers that read fewer inputs than in the reference.
+
+    Branches of Ifs are looked at too.
+    """
+    before = {first_result(node).name: _inputs(node) for node in _nodes(reference.graph)}
+    return {
+        name
+        for node in _nodes(model.graph)
+        if (name := first_result(node).name) in before and before[name] != _inputs(node)
     }
-    found = set()
-    for node in model.graph:
-        layer = linear_layer(node)
-        name = node.outputs[0].name if node.outputs else None
-        if layer is not None and name in before and before[name] != layer.shape[:2]:
-            found.add(name)
-    return found
+
+
+def _nodes(graph: ir.Graph) -> Iterator[ir.Node]:
+    """The linear layers of a graph and those under it."""
+    for inner in graph_tree(graph):
+        yield from (node for node in inner if node.outputs and linear_view(node) is not None)
+
+
+def _layers(node: ir.Node) -> list[LinearLayer]:
+    """The layers that a node is."""
+    return [layer for layer in (linear_view(node), state_view(node)) if layer is not None]
+
+
+def _inputs(node: ir.Node) -> list[tuple[int, int]]:
+    return [layer.shape[:2] for layer in _layers(node)]
 
 
 def _blocks(model: ir.Model, items: Sequence[Item]) -> Iterator[list[Item]]:
@@ -117,23 +186,13 @@ def _blocks(model: ir.Model, items: Sequence[Item]) -> Iterator[list[Item]]:
     for _, group in itertools.groupby(sorted(items, key=level), key=level):
         block: list[Item] = []
         size = 0
-        for item in group:
-            need = 2 * Moments.bytes(item.layer)
+        # what a recurrent layer reads is gone when it has run: its items go together
+        for _, same in itertools.groupby(group, key=lambda item: item.layer.node):
+            part = list(same)
+            need = sum(2 * Moments.bytes(item.layer) for item in part)
             if block and size + need > _BUDGET:
                 yield block
                 block, size = [], 0
-            block.append(item)
+            block += part
             size += need
         yield block
-
-
-def kept_outputs(chosen: Mapping[Group, Sequence[int]]) -> dict[str, np.ndarray]:
-    """The output channels that stay, by the name of the result, of nodes that compute units."""
-    masks: dict[str, np.ndarray] = {}
-    for group, units in chosen.items():
-        for site in group.sites:
-            if site.role in ("out", "depthwise"):
-                name = site.node.outputs[0].name or ""
-                mask = masks.setdefault(name, np.ones(len(site.units), bool))
-                mask &= ~np.isin(site.units, np.asarray(units, np.int64))
-    return {name: np.flatnonzero(mask) for name, mask in masks.items()}

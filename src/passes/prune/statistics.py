@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from ...ir.graph import constant_array
 from ..base import Feed
-from ..quantize.capture import Gram, Progress, gram, gram_bytes
-from ..quantize.layers import LinearLayer, linear_layer
+from ..quantize.capture import Gram, Progress, empty_gram, gram_bytes, iterate
+from ..quantize.layers import LinearLayer
+from .branches import flattened, paths
 from .groups import Group, Site
 from .selection import Problem
+from .views import GateLayer, linear_view
 
 MAX_INPUTS = 4608
 """Wider layers have no gram matrix: their units are judged one at a time, or not at all."""
@@ -57,6 +59,25 @@ class Statistics:
         power: np.ndarray = np.maximum(found, 0.0)
         return power.reshape(-1)
 
+    def without(self, units: np.ndarray, damping: float) -> np.ndarray:
+        """The weights [groups, in, out] that make up best for the loss of units, which get zeros.
+
+        `damping` is added to the diagonal of the covariance, in units of its mean.
+        """
+        covariance = self.covariance()
+        found = np.zeros_like(self.weight)
+        for i, own in enumerate(self.units.reshape(len(covariance), -1)):
+            stay = np.flatnonzero(~np.isin(own, units))
+            size = len(own)
+            firm = damping * np.trace(covariance[i]) / max(1, size) + 1e-30
+            matrix = covariance[i] + firm * np.eye(size)
+            if len(stay) == size:
+                found[i] = self.weight[i]
+            elif len(stay):
+                wanted = matrix[stay] @ self.weight[i]
+                found[i][stay] = np.linalg.solve(matrix[np.ix_(stay, stay)], wanted)
+        return found
+
     def problems(self, share: float) -> list[Problem]:
         """One for each group of the layer in which there are units."""
         groups = self.gram.layer.shape[0]
@@ -74,7 +95,7 @@ def batches(groups: Sequence[Group], budget: int = 1 << 29) -> Iterator[list[Gro
     batch: list[Group] = []
     size = 0
     for group in groups:
-        layers = [linear_layer(site.node) for site in group.consumers or group.producers]
+        layers = [linear_view(site.node) for site in group.consumers or group.producers]
         need = sum(gram_bytes(x) for x in layers if x is not None and x.shape[1] <= MAX_INPUTS)
         if batch and size + need > budget:
             yield batch
@@ -89,31 +110,62 @@ def collect(
     groups: Iterable[Group], samples: Sequence[Feed], model: ir.Model, progress: Progress
 ) -> dict[Site, Statistics]:
     """Statistics of all linear layers at which units of the groups are summed over, and of those
-    that compute units which no such layer reads (queries and keys)."""
+    that compute units which no such layer reads (queries and keys).
+
+    Of layers in the branches of an If, on the samples that take it.
+    """
     sites: dict[Site, LinearLayer] = {}
     for group in groups:
-        read = group.consumers or group.producers
-        for site in read:
-            layer = linear_layer(site.node)
-            if (
-                layer is None
-                or site.node.graph is not model.graph
-                or layer.weight is not site.weight
-            ):
+        for site in group.consumers or group.producers:
+            layer = linear_view(site.node)
+            if layer is None or layer.weight is not site.weight:
                 continue
             if layer.shape[1] <= MAX_INPUTS and _units(site, layer) is not None:
                 sites[site] = layer
     widest = max((layer.shape[1] for layer in sites.values()), default=1)
     rows = min(max(_FEWEST_ROWS, _ROWS_PER_INPUT * widest), _MOST_ROWS)
-    limit = max(16, -(-rows // max(1, len(samples))))
-    nodes = dict.fromkeys(layer.node for layer in sites.values())
-    grams = gram(model, nodes, samples, limit=limit, progress=progress)
+    layers = {layer.node: layer for layer in sites.values()}
+    grams = _grams(model, layers, samples, rows, progress)
     found = {}
     for site, layer in sites.items():
         weight, units = constant_array(layer.weight), _units(site, layer)
-        if weight is not None and units is not None:
+        if weight is not None and units is not None and layer.node in grams:
             matrix = layer.matrix(np.asarray(weight, np.float64))
             found[site] = Statistics(grams[layer.node], matrix, units)
+    return found
+
+
+def _grams(
+    model: ir.Model,
+    layers: Mapping[ir.Node, LinearLayer],
+    samples: Sequence[Feed],
+    rows: int,
+    progress: Progress,
+) -> dict[ir.Node, Gram]:
+    """Second moments of the layers' inputs, without those that no sample reaches."""
+    found: dict[ir.Node, Gram] = {}
+    for path in paths(model, samples) if layers else ():
+        flat = flattened(model, path.taken)
+        limit = max(16, -(-rows // max(1, len(path.samples))))
+        # nodes that read the same value the same way (q, k, v) share one set of sums
+        shared: dict[tuple[object, ...], list[tuple[ir.Node, LinearLayer]]] = {}
+        for node, layer in layers.items():
+            twin = flat.twins.get(node)
+            own = layer if twin is node else linear_view(twin) if twin is not None else None
+            if own is not None:
+                shared.setdefault(own.rows_key, []).append((node, own))
+        sums = {key: empty_gram(alike[0][1]) for key, alike in shared.items()}
+        values = [gram.layer.data for gram in sums.values()]
+        for arrays in iterate(flat.model, values, path.samples, progress) if values else ():
+            for gram in sums.values():
+                gram.add(arrays[gram.layer.data.name or ""], limit)
+        for key, alike in shared.items():
+            for node, _ in alike:
+                one, other = sums[key], found.get(node)
+                matrix = one.matrix if other is None else one.matrix + other.matrix
+                total = one.total if other is None else one.total + other.total
+                count = one.rows if other is None else one.rows + other.rows
+                found[node] = Gram(layers[node], matrix, total, count)
     return found
 
 
@@ -122,11 +174,12 @@ def _units(site: Site, layer: LinearLayer) -> np.ndarray | None:
     groups, size, out = layer.shape
     if site.role != "in":
         return site.units if len(site.units) == groups * out else None
-    if layer.node.op_type != "Conv":
-        return site.units if len(site.units) == size else None
-    assert layer.weight.shape is not None
-    taps = math.prod(layer.weight.shape.numpy()[2:])
-    units = np.repeat(site.units, taps)
+    units = site.units
+    if isinstance(layer, GateLayer):
+        units = np.tile(units, groups)
+    elif layer.channel_axis == 1:
+        assert layer.weight.shape is not None
+        units = np.repeat(units, math.prod(layer.weight.shape.numpy()[2:]))
     return units if len(units) == groups * size else None
 
 

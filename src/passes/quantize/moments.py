@@ -41,14 +41,17 @@ class Moments:
         """Fold in one sample: the layer's data and its result."""
         positions = self.layer.positions(x, limit)
         for chunk in self.layer.chunks(positions):
-            inputs, outputs = self.layer.inputs(x, chunk), self.layer.outputs(y, chunk)
-            self.x += inputs.sum(axis=1, dtype=np.float64)
-            self.y += outputs.sum(axis=1, dtype=np.float64)
-            self.squares += np.einsum("gri,gri->gi", inputs, inputs)
-            if self.xx is not None and self.xy is not None:
-                self.xx += inputs.swapaxes(1, 2) @ inputs
-                self.xy += inputs.swapaxes(1, 2) @ outputs
-        self.rows += len(positions)
+            self.add_rows(self.layer.inputs(x, chunk), self.layer.outputs(y, chunk))
+
+    def add_rows(self, inputs: np.ndarray, outputs: np.ndarray) -> None:
+        """Fold in rows: [groups, rows, in] and [groups, rows, out]."""
+        self.x += inputs.sum(axis=1, dtype=np.float64)
+        self.y += outputs.sum(axis=1, dtype=np.float64)
+        self.squares += np.einsum("gri,gri->gi", inputs, inputs)
+        if self.xx is not None and self.xy is not None:
+            self.xx += inputs.swapaxes(1, 2) @ inputs
+            self.xy += inputs.swapaxes(1, 2) @ outputs
+        self.rows += inputs.shape[1]
 
     def union(self, other: Moments) -> Moments:
         """Both sets of rows together."""
