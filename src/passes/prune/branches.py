@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -19,7 +19,6 @@ from ...ir.graph import (
     attribute,
     constant_array,
     graph_tree,
-    has_subgraphs,
     index_names,
     is_onnx_op,
     node_name,
@@ -28,6 +27,7 @@ from ...ir.graph import (
 from ..base import Feed
 from ..quantize.capture import iterate
 from ..quantize.layers import LinearLayer
+from .groups import Group
 from .layer_bias import with_bias
 from .views import linear_view
 
@@ -178,24 +178,34 @@ def _inline(graph: ir.Graph, node: ir.Node, taken: bool) -> None:
     graph.remove(node, safe=True)
 
 
-def why_unreached(node: ir.Node, main: ir.Graph, flats: Sequence[Flat]) -> str:
-    """Why samples say nothing of a node, '' where they do."""
-    if any(node in flat.twins for flat in flats):
-        return ""
-    inside = _around(main).get(node.graph)
-    while inside is not None:
-        if not is_onnx_op(inside, "If"):
-            return f"it is inside the {inside.op_type} {node_name(inside)!r}"
-        inside = _around(main).get(inside.graph)
-    return "no sample takes the branch that it is in"
-
-
-def _around(main: ir.Graph) -> dict[ir.Graph | ir.Function | None, ir.Node]:
-    """The node around each subgraph."""
-    return {
+def unreached(
+    model: ir.Model, groups: Iterable[Group], samples: Sequence[Feed]
+) -> dict[Group, str]:
+    """The groups of which samples say nothing, and why: some of their nodes are in branches that no
+    sample takes, or in loops.
+    """
+    around = {
         inner: node
-        for graph in graph_tree(main)
+        for graph in graph_tree(model.graph)
         for node in graph
-        if has_subgraphs(node)
         for inner in node_subgraphs(node)
     }
+    if not around:
+        return {}
+    seen = {n for path in paths(model, samples) for n in flattened(model, path.taken).twins}
+    found: dict[Group, str] = {}
+    for group in groups:
+        node = next((s.node for s in group.sites if s.node not in seen), None)
+        if node is not None:
+            found[group] = _why_unseen(node, around)
+    return found
+
+
+def _why_unseen(node: ir.Node, around: Mapping[ir.Graph, ir.Node]) -> str:
+    graph = node.graph
+    while isinstance(graph, ir.Graph) and graph in around:
+        outer = around[graph]
+        if not is_onnx_op(outer, "If"):
+            return f"it is inside the {outer.op_type} {node_name(outer)!r}, not followed on samples"
+        graph = outer.graph
+    return "no calibration sample takes the branch that it is in"

@@ -14,10 +14,11 @@ import numpy as np
 import onnx_ir as ir
 
 from ...errors import PassOptionError
-from ...ir.graph import absent_weights
+from ...ir.graph import absent_weights, graphs
 from ...ir.ops import graph_macs
 from ..base import Context, Feed, Pass, PassResult, Stage
 from ..quantize.capture import require_samples
+from .branches import unreached
 from .choice import Allocation, Choosing, Ranked, choose, rank
 from .divergence import Outputs, held_out
 from .groups import Group, Groups, find_groups
@@ -113,17 +114,20 @@ class _Work:
         if self.importance is Importance.AUTO:
             self.importance = Importance.RECONSTRUCTION if self.teaching else Importance.L2
         self.notes: list[str] = []
+        self.unreached: dict[Group, str] = {}
 
     def run(self, model: ir.Model) -> PassResult:
         before = _size(model, self.context.dims)
         groups = find_groups(model, heads=self.options.heads, widths=self.options.widths)
+        if self.teaching:
+            self.unreached = unreached(model, groups.free, self.teaching)
         if not self._taken(groups) or self.options.ratio == 0:
             text = (
                 "nothing to prune: no group of units can be removed"
                 if self.options.ratio
                 else ("nothing to prune: the ratio is 0")
             )
-            return PassResult(model, False, (text, *_blocked(groups)))
+            return PassResult(model, False, (text, *_blocked(groups, self.unreached)))
         turned = self._turn_heads(model, groups)
         ranked = self._ranked(model, groups)
         reference = model.clone() if self.teaching else None
@@ -159,7 +163,7 @@ class _Work:
             notes.append(f"{lost:.1%} of the outputs' variance lost on {len(self.judging)} samples")
         else:
             notes.append("no calibration samples: chosen by magnitude, not repaired, not judged")
-        return PassResult(pruned, True, (*notes, *self.notes, *_blocked(groups)))
+        return PassResult(pruned, True, (*notes, *self.notes, *_blocked(groups, self.unreached)))
 
     def _how(self, ratio: float) -> Choosing:
         return Choosing(
@@ -173,7 +177,8 @@ class _Work:
 
     def _taken(self, groups: Groups) -> list[Group]:
         """The groups that can and are to be pruned."""
-        return [group for group in groups.free if self.options.takes(group)]
+        free = [group for group in groups.free if group not in self.unreached]
+        return [group for group in free if self.options.takes(group)]
 
     def _turn_heads(self, model: ir.Model, groups: Groups) -> int:
         """Turn heads in place; how many products' heads were."""
@@ -221,7 +226,8 @@ def _size(model: ir.Model, dims: Mapping[str, int]) -> tuple[int, int | None]:
     """Parameters and multiplications."""
     weights = sum(
         int(np.prod(v.shape.numpy()))
-        for v in model.graph.initializers.values()
+        for graph in graphs(model)
+        for v in graph.initializers.values()
         if v.shape is not None and v.dtype is not None and v.dtype.is_floating_point()
     )
     return weights, graph_macs(model.graph, dims or None)
@@ -239,12 +245,13 @@ def _units(groups: Groups, chosen: Mapping[Group, list[int]]) -> str:
     return f"{gone:,} of {total:,} units in {len(chosen)} of {len(groups.free)} groups left"
 
 
-def _blocked(groups: Groups) -> list[str]:
+def _blocked(groups: Groups, unreached: Mapping[Group, str]) -> list[str]:
     """The commonest reasons for which groups stay."""
     reasons: dict[str, int] = {}
     for group in groups:
-        if group.blocked:
-            reasons[group.blocked] = reasons.get(group.blocked, 0) + 1
+        reason = group.blocked or unreached.get(group)
+        if reason:
+            reasons[reason] = reasons.get(reason, 0) + 1
     ranked = sorted(reasons.items(), key=lambda item: -item[1])
     return [f"{count} groups stay: {reason}" for reason, count in ranked[:3]]
 
