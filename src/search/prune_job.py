@@ -151,7 +151,7 @@ class PruneJob:
             macs=sum(shares.get(n, 0.0) for n in nodes) if self.macs else None,
             removed=sum(map(len, chosen.values())),
             fewer_parameters=self.parameters - after.parameters,
-            fewer_macs=_less(self.macs, after.macs),
+            fewer_macs=None if self.macs is None or after.macs is None else self.macs - after.macs,
             gained_ms=_less(self.latency.ms, after.latency.ms),
             error=self._error(chosen, numbers, outputs),
         )

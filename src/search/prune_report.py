@@ -14,8 +14,10 @@ from ..cost.latency import format_ms
 from ..cost.text import format_bytes, format_count
 
 if TYPE_CHECKING:
-    from .prune_scan import GroupRow, PruneScan
-    from .prune_search import Pruned, Trial
+    from .prune_rows import GroupRow
+    from .prune_scan import PruneScan
+    from .prune_search import Pruned
+    from .prune_trial import Trial
 
 _WIDTH = 180
 _EXACT_DB = 120.0

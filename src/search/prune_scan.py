@@ -155,7 +155,7 @@ def prune_scan(
     notes = list(load_notes(graph))
     if samples < 1:
         raise UsageError("samples must be at least 1")
-    feeds = None
+    feeds: Sequence[Feed] | None = None
     if isinstance(calibration, Evaluation):
         feeds = _feeds_of(calibration, graph, samples)
     elif calibration is not None:
@@ -194,7 +194,8 @@ def _ordered(rows: list[GroupRow]) -> tuple[GroupRow, ...]:
 
     def key(i: int) -> tuple[bool, float]:
         gained = getattr(rows[i], gain) or 0.0
-        error = 1.0 if rows[i].error is None else rows[i].error
+        found = rows[i].error
+        error = 1.0 if found is None else found
         return gained <= 0, error / gained if gained > 0 else -gained
 
     places = {i: place for place, i in enumerate(sorted(range(len(rows)), key=key), 1)}
