@@ -218,12 +218,12 @@ def outputs(model: ir.Model, feed: Mapping[str, np.ndarray]) -> list[np.ndarray]
 
 
 def _tvm_outputs(model: ir.Model, feed: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-    from edgepass.targets.tvm import TvmRunner, emit
+    from edgepass.targets.tvm import TvmRunner, TvmTarget, emit
     from edgepass.targets.tvm.schedules import X86_64_AVX2
 
     with tempfile.TemporaryDirectory() as folder:
-        emitted = emit(model.clone(), Path(folder) / "model", X86_64_AVX2)
-        return list(TvmRunner(emitted).run(feed).values())
+        report = emit(model, TvmTarget(cpu=X86_64_AVX2), Path(folder) / "model.so")
+        return list(TvmRunner(report.library).run(feed).values())
 
 
 def error(before: Sequence[np.ndarray], after: Sequence[np.ndarray]) -> float:

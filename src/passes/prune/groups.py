@@ -161,7 +161,7 @@ def find_groups(model: ir.Model, *, heads: str = "auto", widths: bool = False) -
     held = np.zeros(labels.count)
     for _, shape, tracks in parameter_tracks(flow):
         for track in tracks:
-            np.add.at(held, track.ids.reshape(-1), math.prod(shape) // track.ids.size)
+            held[track.ids] += math.prod(shape) // track.ids.size
     return Groups(flow, resolve(labels, joint, heads, held))
 
 
@@ -312,9 +312,11 @@ def _sites(
     sites: list[list[Site]] = [[] for _ in range(count)]
     for use in flow.uses:
         roots = resolved.root[use.ids]
-        for number in np.unique(owner[roots]):
+        owners = owner[roots]
+        numbers = owners[:1] if (owners == owners[:1]).all() else np.unique(owners)
+        for number in numbers:
             if number >= 0:
-                units = np.where(owner[roots] == number, index[roots], -1)
+                units = np.where(owners == number, index[roots], -1)
                 sites[number].append(Site(use.node, use.weight, use.role, units))
     return sites
 
@@ -373,17 +375,25 @@ def _reach(flow: Flow, resolved: Resolved) -> float:
     for value, shape, tracks in parameter_tracks(flow):
         if value.dtype == ir.DataType.BOOL:  # a mask
             continue
-        held = np.zeros([1] * len(shape), bool)
-        for track in tracks:
-            free = resolved.blocked[resolved.root[track.ids]] == 0
-            order = np.argsort(track.axes)
-            free = free.transpose(order)
-            missing = [a for a in range(len(shape)) if a not in track.axes]
-            held = held | np.expand_dims(free, tuple(missing))
-        reached += int(np.broadcast_to(held, shape).mean() * math.prod(shape) + 0.5)
+        free = [resolved.blocked[resolved.root[track.ids]] == 0 for track in tracks]
+        reached += round(_share(len(shape), tracks, free) * math.prod(shape))
         known.add(value)
     for graph in {v.graph for v in known if v.graph is not None}:
         for value in graph.initializers.values():
             if (value.dtype is not None and value.dtype.is_floating_point()) or value in known:
                 total += math.prod(static_shape(value) or (0,))
     return reached / total if total else 0.0
+
+
+def _share(rank: int, tracks: Sequence[Track], free: Sequence[np.ndarray]) -> float:
+    """The share of a tensor's elements that are in a free position of any track."""
+    if any(mask.all() for mask in free):
+        return 1.0
+    axes = [a for track in tracks for a in track.axes]
+    if len(set(axes)) == len(axes):
+        return 1.0 - math.prod(1.0 - float(mask.mean()) for mask in free)
+    held = np.zeros([1] * rank, bool)
+    for track, mask in zip(tracks, free, strict=True):
+        missing = tuple(a for a in range(rank) if a not in track.axes)
+        held = held | np.expand_dims(mask.transpose(np.argsort(track.axes)), missing)
+    return float(held.mean())
