@@ -8,25 +8,57 @@ from __future__ import annotations
 import dataclasses
 import enum
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 
 from .groups import Group, Site
 from .importance import Importance, score
+from .price import Held
 from .rounding import round_width
 from .selection import Elimination, Problem, by_scores, eliminate
 from .statistics import Statistics
 
-_LEAST_BLOCKS = 4
-"""A width is rounded to a multiple that it holds at least as often as this."""
+_LEAST_BLOCKS, _LEAST_BLOCKS_SPREAD = 4, 8
+"""A width is rounded to a multiple that it holds at least as often as this; more often, where
+groups lose different shares and steps that are too large would leave no choice."""
+
+
+_EXACT = 1e-9
+_NEXT = 6
+MOST = 0.85
+"""Of its units no group loses more, where groups lose different shares."""
 
 
 class Allocation(enum.StrEnum):
-    """How many units each group loses: the same share of each, or by error for each parameter."""
+    """How many units each group loses.
 
+    `UNIFORM`: the same share of each. The others take as many units in all, and at least such a
+    share of MACs and parameters, from where that does least harm: `SENSITIVITY` to the outputs,
+    measured; `GLOBAL` to the layers behind, all alike.
+    `AUTO`: sensitivity with calibration samples, uniform without.
+    """
+
+    AUTO = "auto"
     UNIFORM = "uniform"
+    SENSITIVITY = "sensitivity"
     GLOBAL = "global"
+
+    @property
+    def spreads(self) -> bool:
+        """Whether groups lose different shares."""
+        return self in (Allocation.SENSITIVITY, Allocation.GLOBAL)
+
+
+class Costs(Protocol):
+    """What is left of units, MACs and parameters, [3], as shares of what there was (`price`)."""
+
+    def left(self, lost: np.ndarray) -> np.ndarray:
+        """With these shares of the parts' units gone, [parts]."""
+
+    def gain(self, part: int, share: float, lost: np.ndarray) -> np.ndarray:
+        """What leaves when the part has lost this share in place of `lost[part]`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +69,7 @@ class Choosing:
     importance: Importance
     allocation: Allocation = Allocation.UNIFORM
     multiple: int = 1
-    spread: float = 0.25
+    spread: float = 0.5
     seed: int = 0
 
 
@@ -105,18 +137,40 @@ def _eliminated(group: Group, problems: Sequence[Problem], limit: float) -> Elim
     return eliminate(problems, group.rows, int(limit * group.size // rows) * rows)
 
 
-def choose(ranked: Sequence[Ranked], how: Choosing) -> dict[Group, list[int]]:
-    """The units of each group that leave.
-
-    Rows of a cluster, in whichever groups, lose as many units each. Widths that stay are multiples
-    of `how.multiple` or, where that is much of the width, of a half or quarter of it.
-    """
+def together(ranked: Sequence[Ranked]) -> list[list[Ranked]]:
+    """Those that lose as many units of each row as each other: the parts of a choice."""
     clusters: dict[int, list[Ranked]] = {}
     for item in ranked:
         clusters.setdefault(item.group.cluster, []).append(item)
-    parts = [_Part(members, how) for members in clusters.values()]
-    if how.allocation is Allocation.GLOBAL:
-        _spread(parts, how)
+    return list(clusters.values())
+
+
+def choose(
+    ranked: Sequence[Ranked], how: Choosing, price: Costs | None = None
+) -> dict[Group, list[int]]:
+    """The units of each group that leave.
+
+    Rows of a cluster, in whichever groups, lose as many units each. Widths that stay are multiples
+    of `how.multiple` or, where that is much of the width, of a half, quarter or eighth of it.
+    `price` is for the parts of `together(ranked)`; by default units cost the weights they hold.
+    """
+    return _chosen(_parts(ranked, how, price))
+
+
+def foreseen(ranked: Sequence[Ranked], how: Choosing, price: Costs | None = None) -> float:
+    """The sum of the errors of what `choose` would take."""
+    return sum(part.error(part.count) for part in _parts(ranked, how, price))
+
+
+def _parts(ranked: Sequence[Ranked], how: Choosing, price: Costs | None) -> list[_Part]:
+    parts = [_Part(members, how) for members in together(ranked)]
+    if how.allocation.spreads:
+        groups = [[item.group for item in part.members] for part in parts]
+        _spread(parts, price or Held(groups), how.ratio)
+    return parts
+
+
+def _chosen(parts: Sequence[_Part]) -> dict[Group, list[int]]:
     chosen: dict[Group, list[int]] = {}
     for part in parts:
         for item in part.members:
@@ -134,13 +188,14 @@ class _Part:
         self.length = min(item.length for item in members)
         multiple = how.multiple
         width = self.length * members[0].group.multiple
-        while multiple > 1 and multiple * _LEAST_BLOCKS > width:
+        blocks = _LEAST_BLOCKS_SPREAD if how.allocation.spreads else _LEAST_BLOCKS
+        while multiple > 1 and multiple * blocks > width:
             multiple //= 2
         self.step = max(1, multiple // members[0].group.multiple)
         self.count = self._rounded(how.ratio)
         self.least = self._rounded(max(0.0, how.ratio - how.spread))
-        self.most = self._rounded(min(0.9, how.ratio + how.spread))
-        self.price = sum(item.group.parameters * item.rows for item in members)
+        known = min(len(item.errors) - 1 for item in members) // max(i.rows for i in members)
+        self.most = min(self._rounded(min(MOST, how.ratio + how.spread)), known)
 
     def _rounded(self, ratio: float) -> int:
         if self.length < 2 or ratio <= 0:
@@ -149,42 +204,75 @@ class _Part:
         return self.length - max(1, kept)
 
     def error(self, count: int) -> float:
+        """What goes wrong when so many leave each row."""
         return sum(item.error(count) for item in self.members)
 
-    def next(self, count: int) -> tuple[float, int] | None:
-        """The least error for each parameter that leaves, and the count it is reached at."""
-        found = None
-        start = self.error(count)
-        at = count
-        while at < self.most:
-            left = self.length - at
-            at += left % self.step or self.step
-            if at > self.most:
-                break
-            slope = (self.error(at) - start) / ((at - count) * max(1, self.price))
+    def after(self, count: int) -> Iterator[int]:
+        """Larger counts whose widths are multiples: the next ones, and some up to the last."""
+        found = range(
+            count + ((self.length - count) % self.step or self.step), self.most + 1, self.step
+        )
+        yield from found[:_NEXT]
+        yield from found[_NEXT :: max(1, len(found) // _NEXT)]
+
+
+def _spread(parts: Sequence[_Part], price: Costs, ratio: float) -> None:
+    """Take units where they do least harm, until enough of everything has left."""
+    lengths = np.array([max(1, part.length) for part in parts], float)
+    even = price.left(np.array([part.count for part in parts]) / lengths)
+    goals = np.maximum(even, 1.0 - ratio)
+    found = [_greedy(parts, price, goals, np.array(weights)) for weights in _WEIGHTS]
+    # where the bounds let none of them get there, the one that gets closest
+    best = min(found, key=lambda way: (way.short, way.error))
+    for part, count in zip(parts, best.counts, strict=True):
+        part.count = count
+
+
+_WEIGHTS = ((1, 0, 0), (2, 1, 0), (1, 1, 0), (1, 2, 0), (0, 1, 0), (2, 1, 1), (1, 0, 1), (0, 1, 1))
+"""Of units, MACs and parameters in what a step is worth: several, as it is not known which of the
+goals will be met last."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Way:
+    """Units of each row that leave, by part; what that does; how far from the goals it is."""
+
+    counts: list[int]
+    error: float
+    short: float
+
+
+def _greedy(parts: Sequence[_Part], price: Costs, goals: np.ndarray, weights: np.ndarray) -> _Way:
+    """Step by step the least error for what leaves, weighted."""
+    counts = [min(part.least, part.most) for part in parts]
+    lengths = [max(1, part.length) for part in parts]
+    lost = np.array(counts) / lengths
+
+    def best(index: int) -> tuple[float, int] | None:
+        part, found = parts[index], None
+        start = part.error(counts[index])
+        for count in part.after(counts[index]):
+            gain = float(weights @ price.gain(index, count / lengths[index], lost))
+            slope = (part.error(count) - start) / gain if gain > 0 else np.inf
             if found is None or slope < found[0]:
-                found = (slope, at)
+                found = (slope, count)
         return found
 
-
-def _spread(parts: Sequence[_Part], how: Choosing) -> None:
-    """Take units where they cost least, until as many parameters leave as by equal shares."""
-    goal = sum(part.length * part.price for part in parts) * how.ratio
-    for part in parts:
-        part.count = part.least
-    gone = sum(part.count * part.price for part in parts)
-    queue: list[tuple[float, int, int]] = []
-
-    def push(index: int) -> None:
-        step = parts[index].next(parts[index].count)
+    queue = [(step[0], index) for index in range(len(parts)) if (step := best(index)) is not None]
+    heapq.heapify(queue)
+    while queue and (price.left(lost) > goals + _EXACT).any():
+        _, index = heapq.heappop(queue)
+        step = best(index)
+        if step is None:
+            continue
+        # what others have lost since makes units of this part worth less, never more
+        if queue and step[0] > queue[0][0]:
+            heapq.heappush(queue, (step[0], index))
+            continue
+        counts[index] = step[1]
+        lost[index] = step[1] / lengths[index]
+        step = best(index)
         if step is not None:
-            heapq.heappush(queue, (step[0], index, step[1]))
-
-    for index in range(len(parts)):
-        push(index)
-    while queue and gone < goal:
-        _, index, count = heapq.heappop(queue)
-        part = parts[index]
-        gone += (count - part.count) * part.price
-        part.count = count
-        push(index)
+            heapq.heappush(queue, (step[0], index))
+    error = sum(part.error(count) for part, count in zip(parts, counts, strict=True))
+    return _Way(counts, error, float(np.maximum(price.left(lost) - goals - _EXACT, 0.0).max()))

@@ -18,11 +18,13 @@ from ...ir.graph import absent_weights, graphs
 from ...ir.ops import graph_macs
 from ..base import Context, Feed, Pass, PassResult, Stage
 from ..quantize.capture import require_samples
+from .alone import Alone, weighed
 from .branches import unreached
-from .choice import Allocation, Choosing, Ranked, choose, rank
+from .choice import Allocation, Choosing, Ranked, choose, foreseen, rank, together
 from .divergence import Outputs, held_out
 from .groups import Group, Groups, find_groups
 from .importance import Importance
+from .price import Price
 from .quantized import refuse_quantized
 from .remove import remove
 from .repair import Repaired, kept_outputs, lost_inputs, repair
@@ -30,7 +32,9 @@ from .repair_heads import rotate_heads
 from .rounding import preferred_multiple
 from .statistics import batches, collect
 
-_BACK_OFF = 0.6
+_BACK_OFF, _BACK_OFF_MOST = 0.95, 0.4
+"""What is left of a ratio that lost too much: at most, and at least."""
+_HALVINGS = 6
 _LEAST_RATIO = 0.03
 
 
@@ -38,15 +42,18 @@ _LEAST_RATIO = 0.03
 class StructuredPrune(Pass):
     """Removes channels, dimensions of heads and features: fewer weights and products.
 
-    `ratio` is the share of the units of every group that leaves. With calibration samples units
-    are chosen by what the layers behind them can't make up for, and all layers are then solved
-    again; without, by magnitude, and nothing is repaired. `importance`: auto, reconstruction,
-    activation, l1, l2, median or random. `allocation`: uniform, or global (more from where it costs
-    less, up to `spread` more or less than `ratio`, the parameters in all being the same). `heads`:
-    dimensions of heads or whole ones, or auto. `widths` lets go of what a LayerNormalization takes
-    statistics over. `only` and `exclude` are names of groups (with *), or kinds of units.
-    `multiple` is what widths are multiples of; 0: what the target's vectors like. `limit` is the
-    share of the outputs' variance that may be lost on samples held out; beyond it less is pruned.
+    `ratio` is the share of the units that leaves: of every group with `allocation=uniform`; of all
+    together, and at least such a share of MACs and parameters, with `sensitivity`, more from where
+    that does less harm to the outputs, measured, and with `global`, to the layers behind, all
+    alike. `auto` is sensitivity where there are samples to repair with. No group's share is more
+    than `spread` from `ratio`, or over 85 %. With calibration samples units are chosen by what the
+    layers behind them can't make up for, and layers that lost inputs are then solved again;
+    without, by magnitude, and nothing is repaired. `importance`: auto, reconstruction, activation,
+    l1, l2, median or random. `heads`: dimensions of heads or whole ones, or auto. `widths` lets go
+    of what a LayerNormalization takes statistics over. `only` and `exclude` are names of groups
+    (with *), or kinds of units. `multiple` is what widths are multiples of; 0: what the target's
+    vectors like. `limit` is the share of the outputs' variance that may be lost on samples held
+    out; beyond it less is pruned.
     """
 
     name = "prune"
@@ -55,8 +62,8 @@ class StructuredPrune(Pass):
 
     ratio: float = 0.3
     importance: str = "auto"
-    allocation: str = "uniform"
-    spread: float = 0.25
+    allocation: str = "auto"
+    spread: float = 0.5
     repair: bool = True
     heads: str = "auto"
     widths: bool = False
@@ -113,6 +120,7 @@ class _Work:
         self.importance = Importance(options.importance)
         if self.importance is Importance.AUTO:
             self.importance = Importance.RECONSTRUCTION if self.teaching else Importance.L2
+        self.allocation = self._allocation()
         self.notes: list[str] = []
         self.unreached: dict[Group, str] = {}
 
@@ -130,11 +138,12 @@ class _Work:
             return PassResult(model, False, (text, *_blocked(groups, self.unreached)))
         turned = self._turn_heads(model, groups)
         ranked = self._ranked(model, groups)
+        price = self._price(model, ranked)
         reference = model.clone() if self.teaching else None
         outputs = Outputs(model, self.judging) if self.judging else None
         ratio = self.options.ratio
         while True:
-            chosen = choose(ranked, self._how(ratio))
+            chosen = choose(ranked, self._how(ratio), price)
             if not chosen:
                 text = "nothing was pruned: the ratio is less than one block of channels"
                 return PassResult(model, turned > 0, (text, *self.notes))
@@ -149,7 +158,7 @@ class _Work:
                 f"a ratio of {ratio:.2g} lost {lost:.0%} of the outputs' variance on samples held "
                 f"out, over the limit of {self.options.limit:.0%}"
             )
-            ratio *= _BACK_OFF
+            ratio = self._less(ranked, price, ratio, self.options.limit / lost)
             if ratio < _LEAST_RATIO:
                 return PassResult(model, turned > 0, ("nothing was pruned", *self.notes))
         notes = [_told(before, _size(pruned, self.context.dims)), _units(groups, chosen)]
@@ -165,11 +174,41 @@ class _Work:
             notes.append("no calibration samples: chosen by magnitude, not repaired, not judged")
         return PassResult(pruned, True, (*notes, *self.notes, *_blocked(groups, self.unreached)))
 
+    def _allocation(self) -> Allocation:
+        """How groups share the loss."""
+        wanted = Allocation(self.options.allocation)
+        if wanted is Allocation.SENSITIVITY or wanted is Allocation.AUTO:
+            able = bool(self.teaching)
+            if wanted is Allocation.AUTO:
+                able = able and self.options.repair and self.importance.needs_samples
+            return Allocation.SENSITIVITY if able else Allocation.UNIFORM
+        return wanted
+
+    def _price(self, model: ir.Model, ranked: Sequence[Ranked]) -> Price | None:
+        if not self.allocation.spreads:
+            return None
+        parts = [[item.group for item in members] for members in together(ranked)]
+        return Price(model, parts, self.context.dims)
+
+    def _less(
+        self, ranked: Sequence[Ranked], price: Price | None, ratio: float, share: float
+    ) -> float:
+        """The ratio at which the errors foreseen are that share of those at `ratio`, or less."""
+        goal = max(share, 0.05) * foreseen(ranked, self._how(ratio), price)
+        least, most = _BACK_OFF_MOST * ratio, _BACK_OFF * ratio
+        for _ in range(_HALVINGS):
+            middle = (least + most) / 2
+            if foreseen(ranked, self._how(middle), price) > goal:
+                most = middle
+            else:
+                least = middle
+        return least
+
     def _how(self, ratio: float) -> Choosing:
         return Choosing(
             ratio=ratio,
             importance=self.importance,
-            allocation=Allocation(self.options.allocation),
+            allocation=self.allocation,
             multiple=self.multiple,
             spread=self.options.spread,
             seed=self.options.seed,
@@ -192,14 +231,23 @@ class _Work:
         return turned
 
     def _ranked(self, model: ir.Model, groups: Groups) -> list[Ranked]:
-        spread = self.options.spread if self.options.allocation == Allocation.GLOBAL else 0.05
+        spread = self.options.spread if self.allocation.spreads else 0.05
         limit = min(0.9, self.options.ratio + spread)
-        looks, taken = self.importance.needs_samples, self._taken(groups)
+        taken, progress = self._taken(groups), self.context.progress
+        measured = self.allocation is Allocation.SENSITIVITY
+        looks = self.importance.needs_samples or measured
+        alone = None
+        if measured:
+            heads, widths = self.options.heads, self.options.widths
+            alone = Alone(model, self.teaching, len(taken), heads, widths)
         ranked: list[Ranked] = []
         for part in batches(taken) if looks else [taken]:
-            progress = self.context.progress
-            statistics = collect(part, self.teaching, model, progress) if looks else {}
-            ranked += rank(part, statistics, self.importance, limit, self.options.seed)
+            found = collect(part, self.teaching, model, progress) if looks else {}
+            known = found if self.importance.needs_samples else {}
+            items = rank(part, known, self.importance, limit, self.options.seed)
+            if alone is not None:
+                items = [weighed(x, alone, groups.index(x.group), found) for x in items]
+            ranked += items
         return ranked
 
     def _pruned(
