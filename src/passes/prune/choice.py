@@ -219,9 +219,12 @@ class _Part:
 def _spread(parts: Sequence[_Part], price: Costs, ratio: float) -> None:
     """Take units where they do least harm, until enough of everything has left."""
     lengths = np.array([max(1, part.length) for part in parts], float)
-    even = price.left(np.array([part.count for part in parts]) / lengths)
-    goals = np.maximum(even, 1.0 - ratio)
-    found = [_greedy(parts, price, goals, np.array(weights)) for weights in _WEIGHTS]
+    equal = [part.count for part in parts]
+    goals = np.maximum(price.left(np.array(equal) / lengths), 1.0 - ratio)
+    found = [_way(parts, price, goals, equal)]
+    for weights in _WEIGHTS:
+        counts = _greedy(parts, price, goals, np.array(weights))
+        found.append(_way(parts, price, goals, _given_back(parts, price, goals, counts)))
     # where the bounds let none of them get there, the one that gets closest
     best = min(found, key=lambda way: (way.short, way.error))
     for part, count in zip(parts, best.counts, strict=True):
@@ -242,7 +245,39 @@ class _Way:
     short: float
 
 
-def _greedy(parts: Sequence[_Part], price: Costs, goals: np.ndarray, weights: np.ndarray) -> _Way:
+def _way(parts: Sequence[_Part], price: Costs, goals: np.ndarray, counts: list[int]) -> _Way:
+    lost = np.array(counts) / [max(1, part.length) for part in parts]
+    error = sum(part.error(count) for part, count in zip(parts, counts, strict=True))
+    return _Way(counts, error, float(np.maximum(price.left(lost) - goals - _EXACT, 0.0).max()))
+
+
+def _given_back(
+    parts: Sequence[_Part], price: Costs, goals: np.ndarray, counts: list[int]
+) -> list[int]:
+    """The counts less what more has left than had to, from where that helps most."""
+    counts = list(counts)
+    lost = np.array(counts) / [max(1, part.length) for part in parts]
+    room = goals + _EXACT - price.left(lost)
+    while (room > 0).all():
+        found: tuple[float, int, int] | None = None
+        for i, part in enumerate(parts):
+            count = max(part.least, counts[i] - part.step)
+            if count >= counts[i] or (price.gain(i, count / part.length, lost) < -room).any():
+                continue
+            saved = part.error(counts[i]) - part.error(count)
+            if found is None or saved > found[0]:
+                found = (saved, i, count)
+        if found is None:
+            break
+        _, i, counts[i] = found
+        lost[i] = counts[i] / parts[i].length
+        room = goals + _EXACT - price.left(lost)
+    return counts
+
+
+def _greedy(
+    parts: Sequence[_Part], price: Costs, goals: np.ndarray, weights: np.ndarray
+) -> list[int]:
     """Step by step the least error for what leaves, weighted."""
     counts = [min(part.least, part.most) for part in parts]
     lengths = [max(1, part.length) for part in parts]
@@ -274,5 +309,4 @@ def _greedy(parts: Sequence[_Part], price: Costs, goals: np.ndarray, weights: np
         step = best(index)
         if step is not None:
             heapq.heappush(queue, (step[0], index))
-    error = sum(part.error(count) for part, count in zip(parts, counts, strict=True))
-    return _Way(counts, error, float(np.maximum(price.left(lost) - goals - _EXACT, 0.0).max()))
+    return counts

@@ -239,7 +239,7 @@ class _Work:
         alone = None
         if measured:
             heads, widths = self.options.heads, self.options.widths
-            alone = Alone(model, self.teaching, len(taken), heads, widths)
+            alone = Alone(model, self.judging, len(taken), heads, widths)
         ranked: list[Ranked] = []
         for part in batches(taken) if looks else [taken]:
             found = collect(part, self.teaching, model, progress) if looks else {}
