@@ -23,6 +23,8 @@ HIDDEN, DEAD, CLASSES = 64, 32, 4
 RNG = np.random.default_rng(0)
 INPUTS = RNG.normal(size=(60, 16)).astype(np.float32)
 QUIET = {"time_budget_s": 0}
+EVEN = "prune{allocation=uniform,limit=10}"
+"""The same share of every group, whatever that does to so small a network."""
 
 
 def network(dead: int = 0) -> ir.Model:
@@ -195,9 +197,7 @@ def test_a_scan_looks_at_the_groups_that_are_asked_for():
 
 
 def test_a_ratio_is_pruned_and_told():
-    found = edgepass.prune(
-        network(), ratio=0.5, calibration={"x": INPUTS}, recipe="prune{limit=10}", **QUIET
-    )
+    found = edgepass.prune(network(), ratio=0.5, calibration={"x": INPUTS}, recipe=EVEN, **QUIET)
     assert found
     assert found.ratio == 0.5
     assert found.original.parameters == 16 * 64 + 64 + 64 * 64 + 64 + 64 * 4 + 4
@@ -212,12 +212,13 @@ def test_a_ratio_is_pruned_and_told():
 def test_a_size_budget_is_met_by_the_least_ratio():
     budget = edgepass.Budget(size_mb=0.012)
     found = edgepass.prune(
-        network(), "raspberry-pi-4", budget=budget, calibration={"x": INPUTS}, step=0.1
-    )
+        network(), "raspberry-pi-4", budget=budget, calibration={"x": INPUTS}, step=0.1,
+        recipe=EVEN,
+    )  # fmt: skip
     assert found.met
     assert found.chosen.file_bytes <= 12_000
     less = round(found.ratio - 0.1, 4)
-    estimate = edgepass.estimate(network(), "raspberry-pi-4", [with_ratio("prune", less)])
+    estimate = edgepass.estimate(network(), "raspberry-pi-4", [with_ratio(EVEN, less)])
     assert estimate.rows[0].file_bytes > 12_000
 
 
@@ -229,6 +230,16 @@ def test_a_budget_out_of_reach_is_said_to_be():
     assert found.ratio == 0.9
     assert "not even 90 %" in found.reason
     assert found.compiled is not None
+
+
+def test_a_budget_that_the_bound_forbids_says_so():
+    budget = edgepass.Budget(size_mb=0.012)
+    found = edgepass.prune(
+        network(), "raspberry-pi-4", budget=budget, calibration={"x": INPUTS}, step=0.3,
+        recipe="prune{limit=0.0001}",
+    )  # fmt: skip
+    assert not found
+    assert "over the limit" in found.reason
 
 
 def test_limits_stop_the_pruning_at_the_largest_ratio_that_keeps_them():
@@ -291,7 +302,7 @@ def test_questions_that_make_no_sense(options):
 
 
 def test_the_ledger_shows_what_pruning_bought():
-    recipe = "prune{ratio=0.5,limit=10}"
+    recipe = with_ratio(EVEN, 0.5)
     compiled = edgepass.compile(network(), recipe=recipe, calibration={"x": INPUTS}, **QUIET)
     (row,) = (row for row in compiled.ledger.rows if row.name.startswith("prune"))
     assert row.after.macs == 16 * 32 + 32 * 32 + 32 * 4
@@ -315,8 +326,9 @@ def test_an_architecture_is_priced_pruned():
 
 def test_what_is_estimated_is_what_is_compiled():
     model = network()
-    (row,) = edgepass.estimate(model, "x86_64", ["prune30"]).rows
-    made = edgepass.compile(model, "x86_64", recipe="prune30", calibration={"x": INPUTS}, **QUIET)
+    recipe = with_ratio(EVEN, 0.3)
+    (row,) = edgepass.estimate(model, "x86_64", [recipe]).rows
+    made = edgepass.compile(model, "x86_64", recipe=recipe, calibration={"x": INPUTS}, **QUIET)
     assert made.cost["macs"] == row.macs
     assert made.cost["file_bytes"] == pytest.approx(row.file_bytes, rel=0.02)
 

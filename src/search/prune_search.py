@@ -226,8 +226,9 @@ def _for_budget(tryout: Tryout, grid: list[float], limited: bool) -> Pruned:
         )
         return _answer(tryout, tried[best].good, text, best)
     if met is None:
+        held = tryout.held_back(wanted)
         text = f"not even {_percent(wanted)} meets the budget: {over}"
-        return _answer(tryout, False, text, wanted)
+        return _answer(tryout, False, f"{text}; {held}" if held else text, wanted)
     how = "measured here" if tryout.timed else "by prediction"
     text = f"{_percent(met)} is the least of those tried that meets the budget, {how}"
     return _answer(tryout, True, text, met)
@@ -250,6 +251,8 @@ def _seek(tryout: Tryout, grid: list[float]) -> None:
         largest = max(tryout.trials)
         if not all(trial.failed or trial.over for trial in tryout.trials.values()):
             return
+        if tryout.held_back(largest):
+            return  # more is refused as well
         if ratio > largest + 1e-9:
             tryout.trial(ratio)
 

@@ -168,6 +168,13 @@ class Tryout:
         rows = self.made[ratio].ledger.rows
         return [row for row in rows if row.name.partition("{")[0] in names]
 
+    def held_back(self, ratio: float) -> str:
+        """What the pass says where its own bound kept it from pruning so much; '' elsewhere."""
+        if ratio not in self.made:
+            return ""
+        notes = [note for row in self.pruning_rows(ratio) for note in row.notes]
+        return next((note for note in notes if "over the limit" in note), "")
+
     def predicted(self, ratio: float) -> tuple[Verdict, ...]:
         """The budget's verdicts on what the cost model says, before anything is compiled.
 
