@@ -19,6 +19,7 @@ from .labels import Track
 from .resize_attention import ATTENTION
 from .resize_norms import NORMS
 from .rules_movement import pads_of, slice_parts
+from .rules_recurrent import is_the_same_everywhere
 
 _LAST = -(1 << 62)
 """The end of a Slice that runs backwards past the first element."""
@@ -251,6 +252,12 @@ def _recurrent(node: ir.Node, kept: Kept) -> None:
     size = int(stays.reshape(-1, stays.shape[-1]).sum(axis=1).max())
     if "hidden_size" in node.attributes:
         _set(node, "hidden_size", size)
+    for index in (5, 6):
+        value = node.inputs[index] if index < len(node.inputs) else None
+        if value is not None and size < stays.shape[-1] and is_the_same_everywhere(value):
+            editor = Editor()
+            bounds = [np.array([n], np.int64) for n in (0, size, 2)]
+            editor.replace_input(node, index, Builder(editor, node).Slice(value, *bounds))
 
 
 _HANDLERS: dict[str, Callable[[ir.Node, Kept], None]] = {

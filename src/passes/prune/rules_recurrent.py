@@ -5,11 +5,15 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from ...ir.graph import attribute, static_shape
+from ...ir.graph import attribute, constant_array, is_onnx_op, static_shape
 from .flow import Flow, is_parameter, rule, where_is
 from .labels import Track
 
 _GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+_MOVES = (
+    "Cast", "Expand", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose",
+    "Unsqueeze",
+)  # fmt: skip
 
 
 @rule("LSTM", "GRU", "RNN")
@@ -44,12 +48,24 @@ def _recurrent(flow: Flow, node: ir.Node) -> None:
         flow.view(value, finer, tracks)
         flow.use(node, value, "state", ids)
     for value in (hidden, cell):
-        if value is not None:
+        if value is not None and not is_the_same_everywhere(value):
             result = flow.operand(value, 3)
             own = type(result)("the state", (directions, 1, size), (_joint(ids, 0, 2),))
             flow.merge([own, result], node)
     for output, axes in zip(node.outputs, ((1, 3), (0, 2), (0, 2)), strict=False):
         flow.put(output, [_joint(ids, *axes)])
+
+
+def is_the_same_everywhere(value: ir.Value) -> bool:
+    """Whether a tensor is one number repeated (a state of zeros): any part of it will do."""
+    while (node := value.producer()) is not None and is_onnx_op(node, *_MOVES):
+        if node.inputs[0] is None:
+            return False
+        value = node.inputs[0]
+    if node is not None and is_onnx_op(node, "ConstantOfShape"):
+        return True
+    array = constant_array(value)
+    return array is not None and array.size > 0 and bool((array == array.flat[0]).all())
 
 
 def _joint(ids: np.ndarray, outer: int, inner: int) -> Track:
