@@ -6,7 +6,7 @@ Here: `held_out`, samples kept apart for it, and `divergence`. Not here: what is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -14,10 +14,13 @@ import onnx_ir as ir
 from ...targets.onnxruntime import OrtRunner
 from ..base import Feed
 from ..probe import run_on_sample
+from .feedback import Arrays, state_pairs
 
 _EVERY = 8
 _MOST = 32
 _FEWEST = 16
+_CHAIN = 128
+"""Calls, at least, of a model that carries a state."""
 
 
 def held_out(samples: Sequence[Feed]) -> tuple[list[Feed], list[Feed]]:
@@ -33,18 +36,41 @@ def held_out(samples: Sequence[Feed]) -> tuple[list[Feed], list[Feed]]:
 
 
 class Outputs:
-    """The float outputs of a model on some samples."""
+    """The float outputs of a model on some samples.
+
+    Of a model that carries a state, also those of a chain of calls that starts at the first sample,
+    in which each call reads the state that the one before left: what one call gets a little wrong
+    may add up.
+    """
 
     def __init__(self, model: ir.Model, samples: Sequence[Feed]) -> None:
         self._samples = samples
-        self._arrays = list(self._run(model))
+        self._states: dict[str, str] = {}
+        alone = self._run(model)[0]
+        self._states = state_pairs([dict(s) for s in samples], alone)
+        self._runs = self._run(model)
 
-    def _run(self, model: ir.Model) -> list[dict[str, np.ndarray]]:
+    def _run(self, model: ir.Model) -> list[list[Arrays]]:
         with OrtRunner(model, optimize=False) as runner:
-            return [
+            alone: list[Arrays] = [
                 run_on_sample(runner, sample, None, f"calibration sample {i}")
                 for i, sample in enumerate(self._samples)
             ]
+            chain = list(self._chained(runner)) if self._states else []
+        return [alone, chain]
+
+    def _chained(self, runner: OrtRunner) -> Iterator[Arrays]:
+        state: dict[str, np.ndarray] = {}
+        for i in range(max(_CHAIN, len(self._samples))):
+            sample = self._samples[i % len(self._samples)]
+            found = run_on_sample(runner, {**sample, **state}, None, f"call {i} of a chain")
+            state = {name: found[output] for name, output in self._states.items()}
+            yield found
+
+    @property
+    def states(self) -> Mapping[str, str]:
+        """The output that becomes each input on the next call."""
+        return self._states
 
     def divergence(self, model: ir.Model) -> float:
         """The squared error of another model's outputs by their variance, over the worst output.
@@ -53,13 +79,17 @@ class Outputs:
         same model, 1 no better than the mean output; infinite where it is not finite.
         """
         found = self._run(model)
-        worst = 0.0
-        for name in self._arrays[0] if self._arrays else ():
-            wanted = [arrays[name] for arrays in self._arrays]
-            given = [arrays[name] for arrays in found]
-            if all(array.dtype.kind == "f" for array in wanted):
-                worst = max(worst, _unexplained(wanted, given))
-        return worst
+        return max(_worst(a, b) for a, b in zip(self._runs, found, strict=True))
+
+
+def _worst(wanted: Sequence[Arrays], given: Sequence[Arrays]) -> float:
+    """Over the float outputs."""
+    worst = 0.0
+    for name in wanted[0] if wanted else ():
+        one, other = [a[name] for a in wanted], [a[name] for a in given]
+        if all(array.dtype.kind == "f" for array in one):
+            worst = max(worst, _unexplained(one, other))
+    return worst
 
 
 def _unexplained(wanted: Sequence[np.ndarray], given: Sequence[np.ndarray]) -> float:

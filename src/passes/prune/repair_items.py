@@ -125,7 +125,8 @@ class Item:
     ) -> None:
         """Fold in one sample."""
         x, y = self.pair(found, targets)
-        if x.shape[: self.layer.channel_axis] != y.shape[: self.layer.channel_axis]:
+        last = 2 if isinstance(self.layer, GateLayer) else self.layer.channel_axis
+        if x.shape[:last] != y.shape[:last]:
             return
         # by content: no order of the samples changes who teaches and who judges
         half = zlib.crc32(np.ascontiguousarray(x).data) % 2
@@ -184,7 +185,7 @@ class GateItem(Item):
         weight = constant_array(self.before.weight)
         assert weight is not None
         rows = self.before.inputs(x, np.arange(math.prod(x.shape[:2])))
-        y = rows @ self.before.matrix(weight) + self._old_bias()[:, None]
+        y: np.ndarray = rows @ self.before.matrix(weight) + self._old_bias()[:, None]
         if self.kept is not None:
             y = self._left(y)
         return y.swapaxes(0, 1).reshape(*x.shape[:2], -1)
@@ -196,7 +197,7 @@ class GateItem(Item):
         gates = RECURRENT[self.layer.node.op_type]
         units = self.kept.reshape(directions, -1) - width // gates * np.arange(directions)[:, None]
         parts = y.reshape(directions, rows, gates, -1)
-        taken = np.take_along_axis(parts, units[:, None, None], axis=3)
+        taken: np.ndarray = np.take_along_axis(parts, units[:, None, None], axis=3)
         return taken.reshape(directions, rows, -1)
 
     def _old_bias(self) -> np.ndarray:
