@@ -11,7 +11,7 @@ from edgepass.errors import PassOptionError, UsageError
 from edgepass.ir.shapes import infer_shapes
 from edgepass.ir.verify import verify
 from edgepass.passes.base import Context
-from edgepass.passes.prune.divergence import Outputs, held_out
+from edgepass.passes.prune.divergence import Outputs, held_out, thinned
 from edgepass.passes.prune.groups import find_groups
 from edgepass.passes.prune.repair import repair
 from edgepass.passes.prune.repair_heads import rotate_heads
@@ -295,9 +295,20 @@ def test_excluded_kinds_and_names_stay():
 def test_samples_held_out_are_not_learnt_from():
     samples = [{"x": np.full(1, i, F32)} for i in range(16)]
     learn, judge = held_out(samples)
-    assert [int(s["x"][0]) for s in judge] == [7, 15]
-    assert len(learn) == 14
+    numbers = [int(s["x"][0]) for s in judge]
+    assert len(numbers) == 2
+    assert numbers[0] < 8 <= numbers[1]
+    assert [int(s["x"][0]) for s in learn] == [i for i in range(16) if i not in numbers]
     assert held_out(samples[:4]) == (samples[:4], samples[:4])
+    assert thinned(samples[:4], 4) == samples[:4]
+
+
+@pytest.mark.parametrize("period", [2, 4, 8])
+def test_samples_of_two_kinds_that_take_turns_are_both_held_out_and_kept(period):
+    samples = [{"x": np.full(1, i % period == 0, F32)} for i in range(256)]
+    for part in (held_out(samples)[1], thinned(samples, 32)):
+        assert len(part) == 32
+        assert 0 < sum(int(s["x"][0]) for s in part) < 32
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,12 @@
 """How far the outputs of a pruned model are from those of the model it was.
 
-Here: `held_out`, samples kept apart for it, and `divergence`. Not here: what is done about it
-(`structured`).
+Here: `held_out`, samples kept apart for it, `thinned`, and `Outputs`. Not here: what is done about
+it (`structured`).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -24,15 +25,29 @@ _CHAIN = 128
 
 
 def held_out(samples: Sequence[Feed]) -> tuple[list[Feed], list[Feed]]:
-    """Samples to learn from, and every eighth one, to judge by (32 at most).
+    """Samples to learn from, and one of every eight, to judge by (32 at most).
 
     Fewer than 16 samples serve for both.
     """
     if len(samples) < _FEWEST:
         return list(samples), list(samples)
-    judges = set(list(range(_EVERY - 1, len(samples), _EVERY))[:_MOST])
+    judges = set(_drawn(len(samples), min(_MOST, len(samples) // _EVERY)))
     rest = [sample for i, sample in enumerate(samples) if i not in judges]
     return rest, [samples[i] for i in sorted(judges)]
+
+
+def thinned(samples: Sequence[Feed], most: int) -> list[Feed]:
+    """As many of the samples at most, from all parts of them, in order."""
+    if len(samples) <= most:
+        return list(samples)
+    return [samples[i] for i in _drawn(len(samples), most)]
+
+
+def _drawn(count: int, number: int) -> list[int]:
+    """One index of each of so many equal parts, at random: samples of two kinds may take turns."""
+    edges = np.linspace(0, count, number + 1).astype(int)
+    generator = np.random.default_rng(count)
+    return [int(generator.integers(a, b)) for a, b in itertools.pairwise(edges)]
 
 
 class Outputs:
