@@ -29,8 +29,9 @@ def _attention(flow: Flow, node: ir.Node) -> None:
     if q is None or k is None or v is None or q.shape[0] % k.shape[0] or _grows(flow, node):
         flow.block_node(node, "the channels of queries, keys or values are not followed")
         return
-    for ids in (q, k, v):
+    for part, ids in zip((query, key, value), (q, k, v), strict=True):
         flow.labels.must_balance(ids)
+        _hold_others(flow, node, part, {1, 3} if rank == 4 else {2})
     repeats = q.shape[0] // k.shape[0]
     wide = np.repeat(v, repeats, axis=0)
     flow.labels.unite(q, np.repeat(k, repeats, axis=0))
@@ -86,6 +87,13 @@ def _heads(flow: Flow, value: ir.Value | None, rank: int, heads: int) -> np.ndar
     return np.broadcast_to(ids, (dims[1], dims[3]))
 
 
+def _hold_others(flow: Flow, node: ir.Node, value: ir.Value | None, axes: set[int]) -> None:
+    """What is along axes other than these stays."""
+    for track in flow.of(value):
+        if not set(track.axes) <= axes:
+            flow.labels.block(track.ids, f"{where_is(node)}: works along this axis")
+
+
 @rule("RotaryEmbedding")
 def _rotary(flow: Flow, node: ir.Node) -> None:
     """Pairs of dimensions turn together, by an angle that is the same in all heads (Su et al. 2021,
@@ -99,6 +107,9 @@ def _rotary(flow: Flow, node: ir.Node) -> None:
     if ids is None:
         flow.block_node(node, "the channels it turns are not followed")
         return
+    _hold_others(flow, node, data, {1, 3} if rank == 4 else {2})
+    for table in tables:
+        _hold_others(flow, node, table, {len(dims_of(table) or ()) - 1})
     turned = int(attribute(node, "rotary_embedding_dim", 0)) or ids.shape[1]
     pairs = _pairs(ids[:, :turned], interleaved=bool(attribute(node, "interleaved", 0)))
     flow.labels.unite(pairs[..., 0], pairs[..., 1])
