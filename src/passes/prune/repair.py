@@ -25,6 +25,7 @@ from ..quantize.capture import Progress
 from ..quantize.layers import LinearLayer
 from ..quantize.moments import Moments
 from .branches import flattened, paths
+from .divergence import thinned
 from .layer_bias import first_result
 from .repair_items import Item, Solution, kept_outputs, named, own_weight, store
 from .stepwise import Stepwise
@@ -33,7 +34,7 @@ from .views import linear_view, state_view
 __all__ = ["Repaired", "kept_outputs", "lost_inputs", "repair"]
 
 MAX_SAMPLES = 128
-"""More samples are thinned out evenly: every layer in a row runs them all again."""
+"""More are thinned out evenly: values that wait to be read are held of each."""
 MAX_INPUTS = 4608
 """Wider layers are left as they are: solving takes the cube of it."""
 _BUDGET = 1 << 28
@@ -60,12 +61,14 @@ def repair(
     samples: Sequence[Feed],
     progress: Progress = lambda done, total, what: None,
     only: Container[str | None] | None = None,
+    most: int = MAX_SAMPLES,
 ) -> Repaired:
     """Solve the weights and biases of the linear layers of a pruned model again, in place.
 
     `reference` is the model before pruning; values have the same names in both. `kept` has the
     output channels that are left, by the name of the result, where some are gone. `only` are the
-    results of the nodes to solve, by name; all by default. Layers in branches of an If are solved
+    results of the nodes to solve, by name; all by default. No more than `most` samples are run, in
+    turn. Layers in branches of an If are solved
     on the samples that take it, layers outside on those of the most common path.
 
     Raises:
@@ -84,7 +87,7 @@ def repair(
             and (only is None or first_result(node).name in only)
         ]
         done.update(own[node] for node in nodes)
-        run = _Run(now.model, before.model, kept, path.samples)
+        run = _Run(now.model, before.model, kept, path.samples, most)
         total += run.solve(nodes, progress)
         if now.model is not model:
             for node, kind, solution in run.solved:
@@ -103,12 +106,12 @@ class _Run:
         reference: ir.Model,
         kept: Mapping[str, np.ndarray],
         samples: Sequence[Feed],
+        most: int,
     ) -> None:
         self._model = model
         self._places = {value.name: value for node in reference.graph for value in node.outputs}
         self._kept = kept
-        step = -(-len(samples) // MAX_SAMPLES)
-        self._samples = samples[::step] if step > 1 else samples
+        self._samples = thinned(samples, most)
         self._before = Stepwise(reference, self._samples)
         self._now = Stepwise(model, self._samples)
         self.solved: list[tuple[ir.Node, Callable[[ir.Node], LinearLayer | None], Solution]] = []

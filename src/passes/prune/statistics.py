@@ -26,6 +26,8 @@ MAX_INPUTS = 4608
 """Wider layers have no gram matrix: their units are judged one at a time, or not at all."""
 _ROWS_PER_INPUT = 8
 _FEWEST_ROWS, _MOST_ROWS = 8192, 18432
+_TOGETHER = 512
+"""Rows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,9 +158,12 @@ def _grams(
                 shared.setdefault(own.rows_key, []).append((node, own))
         sums = {key: empty_gram(alike[0][1]) for key, alike in shared.items()}
         values = [gram.layer.data for gram in sums.values()]
+        folds = [_Fold(gram, limit) for gram in sums.values()]
         for arrays in iterate(flat.model, values, path.samples, progress) if values else ():
-            for gram in sums.values():
-                gram.add(arrays[gram.layer.data.name or ""], limit)
+            for fold in folds:
+                fold.add(arrays[fold.gram.layer.data.name or ""])
+        for fold in folds:
+            fold.finish()
         for key, alike in shared.items():
             for node, _ in alike:
                 one, other = sums[key], found.get(node)
@@ -167,6 +172,35 @@ def _grams(
                 count = one.rows if other is None else one.rows + other.rows
                 found[node] = Gram(layers[node], matrix, total, count)
     return found
+
+
+class _Fold:
+    """Rows on their way into sums: few rows a sample cost as much as many, so they wait."""
+
+    def __init__(self, gram: Gram, limit: int) -> None:
+        self.gram = gram
+        self._limit = limit
+        self._waiting: list[np.ndarray] = []
+
+    def add(self, x: np.ndarray) -> None:
+        """Take the rows of one sample."""
+        layer = self.gram.layer
+        positions = layer.positions(x, self._limit)
+        if len(positions) >= _TOGETHER:
+            self.gram.add(x, self._limit)
+            return
+        self._waiting.append(layer.inputs(x, positions))
+        if sum(rows.shape[1] for rows in self._waiting) >= _TOGETHER:
+            self.finish()
+
+    def finish(self) -> None:
+        """Fold in what waits."""
+        if self._waiting:
+            rows = np.concatenate(self._waiting, axis=1)
+            self.gram.matrix += rows.swapaxes(1, 2) @ rows
+            self.gram.total += rows.sum(axis=1, dtype=np.float64)
+            self.gram.rows += rows.shape[1]
+            self._waiting = []
 
 
 def _units(site: Site, layer: LinearLayer) -> np.ndarray | None:
