@@ -1,6 +1,7 @@
 """What the outputs lose when units of one group alone are gone: the weights of its errors.
 
-Here: `Alone`, which measures that, and `weighed`, errors of layers turned into errors of outputs.
+Here: `Alone`, which measures that, and `weighed` and `weighed_together`, which turn errors of
+layers into errors of outputs.
 Not here: what follows for how many units each group loses (`allocation`).
 
 A layer's error says little of how much the outputs mind it: the channels of a residual stream that
@@ -12,16 +13,16 @@ labels are needed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
-from ...ir.graph import is_absent
+from ...ir.graph import graphs, is_absent, is_onnx_op
 from ..base import Feed
 from ..quantize.layers import LinearLayer, linear_layer
 from .choice import Ranked
-from .divergence import Outputs
+from .divergence import Outputs, thinned
 from .groups import Group, Site, find_groups
 from .layer_bias import add_to_bias
 from .remove import remove
@@ -54,42 +55,57 @@ class Alone:
         widths: bool = False,
     ) -> None:
         most = max(_FEWEST_SAMPLES, min(_SAMPLES, _RUNS // max(1, groups * len(SHARES))))
-        step = max(1, len(samples) // most)
-        self._outputs = Outputs(model, samples[::step][:most])
-        self._model = model
+        self._model = _before_probabilities(model.clone())
+        self._outputs = Outputs(self._model, thinned(samples, most))
         self._options = (heads, widths)
-        self._copy = model.clone()
-        self._nodes = {node.outputs[0].name: node for node in self._copy.graph if node.outputs}
+        self._copy = self._model.clone()
+        nodes = (node for graph in graphs(self._copy) for node in graph)
+        self._nodes = {node.outputs[0].name: node for node in nodes if node.outputs}
         self._biases: dict[str, tuple[ir.Value, np.ndarray] | None] = {}
 
-    def divergence(
-        self, group: Group, index: int, units: Sequence[int], statistics: Mapping[Site, Statistics]
-    ) -> float:
+    def solved_again(
+        self, group: Group, units: Sequence[int], statistics: Mapping[Site, Statistics]
+    ) -> float | None:
         """What the outputs lose, as a share of their variance, without those units.
 
-        `index` is the place of the group among all groups of the model.
+        None where not all layers that read the units can be solved by the statistics.
         """
+        if not self.knows(group, statistics):
+            return None
+        changed: list[tuple[ir.Value, ir.TensorProtocol | None]] = []
+        try:
+            if all(self._leave_out(s, statistics[s], units, changed) for s in group.consumers):
+                return self._lost(self._copy)
+        finally:
+            for value, tensor in changed:
+                value.const_value = tensor
+        return None
+
+    def removed(self, chosen: Mapping[int, tuple[Group, Sequence[int]]]) -> float | None:
+        """The same for units of several groups, by their places among all, with no repair."""
+        copy = self._model.clone()
+        heads, widths = self._options
+        groups = find_groups(copy, heads=heads, widths=widths)
+        own: dict[Group, Sequence[int]] = {}
+        for index, (group, units) in chosen.items():
+            # outputs are others here, which may have parted groups
+            if index >= len(groups) or (groups[index].name, groups[index].size) != (
+                group.name, group.size,
+            ):  # fmt: skip
+                return None
+            own[groups[index]] = units
+        remove(copy, groups, own)
+        return self._lost(copy)
+
+    @staticmethod
+    def knows(group: Group, statistics: Mapping[Site, Statistics]) -> bool:
+        """Whether all that reads the units is there to be solved again."""
         readers = group.consumers
-        if readers and all(site in statistics and _own(site) for site in readers):
-            changed: list[tuple[ir.Value, ir.TensorProtocol | None]] = []
-            try:
-                if all(self._leave_out(s, statistics[s], units, changed) for s in readers):
-                    return self._lost(self._copy)
-            finally:
-                for value, tensor in changed:
-                    value.const_value = tensor
-        return self._lost(self._removed(index, units))
+        return bool(readers) and all(s in statistics and _own(s) for s in readers)
 
     def _lost(self, model: ir.Model) -> float:
         lost = self._outputs.divergence(model)
         return min(lost, _RUINED) if np.isfinite(lost) else _RUINED
-
-    def _removed(self, index: int, units: Sequence[int]) -> ir.Model:
-        copy = self._model.clone()
-        heads, widths = self._options
-        groups = find_groups(copy, heads=heads, widths=widths)
-        remove(copy, groups, {groups[index]: list(units)})
-        return copy
 
     def _leave_out(
         self,
@@ -131,6 +147,22 @@ class Alone:
         return self._biases[name]
 
 
+def _before_probabilities(model: ir.Model) -> ir.Model:
+    """With what goes into a Softmax or Sigmoid at the end as outputs, in place.
+
+    Probabilities are near 0 and 1 mostly: on few samples their errors are those of one decision
+    or other, or none.
+    """
+    for i, output in enumerate(model.graph.outputs):
+        node = output.producer()
+        if node is None or not is_onnx_op(node, "Softmax", "LogSoftmax", "Sigmoid"):
+            continue
+        given = node.inputs[0]
+        if given is not None and given.producer() is not None and not given.is_graph_output():
+            model.graph.outputs[i] = given
+    return model
+
+
 def _own(site: Site) -> bool:
     """Whether the weight is an initializer that this node alone reads."""
     weight = site.weight
@@ -138,24 +170,50 @@ def _own(site: Site) -> bool:
     return weight.is_initializer() and len(weight.uses()) == 1 and not is_absent(tensor)
 
 
-def weighed(
-    item: Ranked, alone: Alone, index: int, statistics: Mapping[Site, Statistics]
-) -> Ranked:
+def weighed(item: Ranked, alone: Alone, statistics: Mapping[Site, Statistics]) -> Ranked | None:
     """The same order, with errors of the outputs in place of those of the layers behind.
 
-    Measured at `SHARES` of the units; between them the errors have the shape they had.
+    Measured at `SHARES` of the units; between them the errors have the shape they had. None where
+    the group can't be measured by itself (`weighed_together`).
     """
-    places, factors, last = [], [], 0.0
+
+    def lost(count: int) -> float | None:
+        return alone.solved_again(item.group, item.first(count), statistics)
+
+    return _scaled(item, lost)
+
+
+def weighed_together(
+    members: Sequence[Ranked], alone: Alone, places: Sequence[int]
+) -> list[Ranked]:
+    """The same for groups that lose as many units each, without repair; the first has all errors.
+
+    `places` are those of the groups among all of the model.
+    """
+    first, *others = members
+
+    def lost(count: int) -> float | None:
+        pairs = zip(places, members, strict=True)
+        return alone.removed({place: (item.group, item.first(count)) for place, item in pairs})
+
+    whole = _scaled(first, lost) or first
+    return [whole, *(Ranked(x.group, x.order, np.zeros_like(x.errors)) for x in others)]
+
+
+def _scaled(item: Ranked, lost: Callable[[int], float | None]) -> Ranked | None:
+    places: list[int] = []
+    factors, most = [], 0.0
     for share in SHARES:
         count = min(round(share * item.length), (len(item.errors) - 1) // item.rows)
         if count < 1 or count * item.rows in places:
             continue
-        units = item.first(count)
-        last = max(last, alone.divergence(item.group, index, units, statistics))
+        found = lost(count)
+        if found is None:
+            return None
+        most = max(most, found)
         places.append(count * item.rows)
-        factors.append(np.log(max(last, 1e-9)) - np.log(max(item.error(count), 1e-12)))
+        factors.append(np.log(max(most, 1e-9)) - np.log(max(item.error(count), 1e-12)))
     if not places:
         return item
-    where = np.arange(len(item.errors))
-    factor = np.exp(np.interp(where, places, factors))
+    factor = np.exp(np.interp(np.arange(len(item.errors)), places, factors))
     return Ranked(item.group, item.order, np.maximum.accumulate(item.errors * factor))

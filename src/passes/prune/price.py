@@ -62,7 +62,6 @@ class Price:
 
     def __init__(
         self,
-        model: ir.Model,
         parts: Sequence[Sequence[Group]],
         dims: Mapping[str, int] | None = None,
     ) -> None:

@@ -18,16 +18,17 @@ from ...ir.graph import absent_weights, graphs
 from ...ir.ops import graph_macs
 from ..base import Context, Feed, Pass, PassResult, Stage
 from ..quantize.capture import require_samples
-from .alone import Alone, weighed
+from .alone import Alone, weighed, weighed_together
 from .branches import unreached
 from .choice import Allocation, Choosing, Ranked, choose, foreseen, rank, together
-from .divergence import Outputs, held_out
+from .divergence import Outputs, held_out, thinned
 from .groups import Group, Groups, find_groups
 from .importance import Importance
+from .made_samples import made_samples, wanted_samples
 from .price import Price
 from .quantized import refuse_quantized
 from .remove import remove
-from .repair import Repaired, kept_outputs, lost_inputs, repair
+from .repair import MAX_SAMPLES, Repaired, kept_outputs, lost_inputs, repair
 from .repair_heads import rotate_heads
 from .rounding import preferred_multiple
 from .statistics import batches, collect
@@ -35,6 +36,8 @@ from .statistics import batches, collect
 _BACK_OFF, _BACK_OFF_MOST = 0.95, 0.4
 """What is left of a ratio that lost too much: at most, and at least."""
 _HALVINGS = 6
+_JUDGES = 12
+"""Samples, at least, to measure on what the outputs mind."""
 _LEAST_RATIO = 0.03
 
 
@@ -43,17 +46,17 @@ class StructuredPrune(Pass):
     """Removes channels, dimensions of heads and features: fewer weights and products.
 
     `ratio` is the share of the units that leaves: of every group with `allocation=uniform`; of all
-    together, and at least such a share of MACs and parameters, with `sensitivity`, more from where
-    that does less harm to the outputs, measured, and with `global`, to the layers behind, all
-    alike. `auto` is sensitivity where there are samples to repair with. No group's share is more
-    than `spread` from `ratio`, or over 85 %. With calibration samples units are chosen by what the
-    layers behind them can't make up for, and layers that lost inputs are then solved again;
-    without, by magnitude, and nothing is repaired. `importance`: auto, reconstruction, activation,
-    l1, l2, median or random. `heads`: dimensions of heads or whole ones, or auto. `widths` lets go
-    of what a LayerNormalization takes statistics over. `only` and `exclude` are names of groups
-    (with *), or kinds of units. `multiple` is what widths are multiples of; 0: what the target's
-    vectors like. `limit` is the share of the outputs' variance that may be lost on samples held
-    out; beyond it less is pruned.
+    together, and at least such a share of the MACs and parameters in reach, with `sensitivity`,
+    more from where that does less harm to the outputs, measured, and with `global`, to the layers
+    behind, all alike. `auto` is sensitivity where there are samples to repair with. No group's
+    share is more than `spread` from `ratio`, or over 85 %. With calibration samples units are
+    chosen by what the layers behind them can't make up for, and layers that lost inputs are then
+    solved again; without, by magnitude, and nothing is repaired. `importance`: auto,
+    reconstruction, activation, l1, l2, median or random. `heads`: dimensions of heads or whole
+    ones, or auto. `widths` lets go of what a LayerNormalization takes statistics over. `only` and
+    `exclude` are names of groups (with *), or kinds of units. `multiple` is what widths are
+    multiples of; 0: what the target's vectors like. `limit` is the share of the outputs' variance
+    that may be lost on samples held out; beyond it less is pruned.
     """
 
     name = "prune"
@@ -123,6 +126,7 @@ class _Work:
         self.allocation = self._allocation()
         self.notes: list[str] = []
         self.unreached: dict[Group, str] = {}
+        self.wanted = 0
 
     def run(self, model: ir.Model) -> PassResult:
         before = _size(model, self.context.dims)
@@ -136,9 +140,10 @@ class _Work:
                 else ("nothing to prune: the ratio is 0")
             )
             return PassResult(model, False, (text, *_blocked(groups, self.unreached)))
+        self._teach_more(model, groups)
         turned = self._turn_heads(model, groups)
         ranked = self._ranked(model, groups)
-        price = self._price(model, ranked)
+        price = self._price(ranked)
         reference = model.clone() if self.teaching else None
         outputs = Outputs(model, self.judging) if self.judging else None
         ratio = self.options.ratio
@@ -184,11 +189,11 @@ class _Work:
             return Allocation.SENSITIVITY if able else Allocation.UNIFORM
         return wanted
 
-    def _price(self, model: ir.Model, ranked: Sequence[Ranked]) -> Price | None:
+    def _price(self, ranked: Sequence[Ranked]) -> Price | None:
         if not self.allocation.spreads:
             return None
         parts = [[item.group for item in members] for members in together(ranked)]
-        return Price(model, parts, self.context.dims)
+        return Price(parts, self.context.dims)
 
     def _less(
         self, ranked: Sequence[Ranked], price: Price | None, ratio: float, share: float
@@ -219,6 +224,21 @@ class _Work:
         free = [group for group in groups.free if group not in self.unreached]
         return [group for group in free if self.options.takes(group)]
 
+    def _teach_more(self, model: ir.Model, groups: Groups) -> None:
+        """Make samples where the layers need more than there are, and say what they need."""
+        if not self.teaching or not (self.options.repair or self.importance.needs_samples):
+            return
+        given = len(self.teaching)
+        self.wanted = wanted_samples(model, self._taken(groups), self.teaching)
+        made = made_samples(model, self.teaching, self.wanted - given, self.options.seed)
+        self.teaching = [*self.teaching, *made]
+        if given < self.wanted:
+            by = f", {len(made)} made of them by swapping tokens" if made else ""
+            self.notes.append(
+                f"few samples for layers this wide: {given} to learn from{by}; "
+                f"{self.wanted} or more would be better"
+            )
+
     def _turn_heads(self, model: ir.Model, groups: Groups) -> int:
         """Turn heads in place; how many products' heads were."""
         if not self.teaching or not self.options.repair:
@@ -239,16 +259,28 @@ class _Work:
         alone = None
         if measured:
             heads, widths = self.options.heads, self.options.widths
-            alone = Alone(model, self.judging, len(taken), heads, widths)
+            # those that weights are solved on are better than none
+            more = thinned(self.teaching, max(0, _JUDGES - len(self.judging)))
+            alone = Alone(model, [*self.judging, *more], len(taken), heads, widths)
         ranked: list[Ranked] = []
+        known: set[Group] = set()
         for part in batches(taken) if looks else [taken]:
             found = collect(part, self.teaching, model, progress) if looks else {}
-            known = found if self.importance.needs_samples else {}
-            items = rank(part, known, self.importance, limit, self.options.seed)
-            if alone is not None:
-                items = [weighed(x, alone, groups.index(x.group), found) for x in items]
-            ranked += items
-        return ranked
+            scored = found if self.importance.needs_samples else {}
+            for item in rank(part, scored, self.importance, limit, self.options.seed):
+                own = None if alone is None else weighed(item, alone, found)
+                ranked.append(own or item)
+                if own is not None:
+                    known.add(item.group)
+        if alone is None:
+            return ranked
+        result: list[Ranked] = []
+        for members in together(ranked):
+            if not all(item.group in known for item in members):
+                places = [groups.index(item.group) for item in members]
+                members = weighed_together(members, alone, places)
+            result += members
+        return result
 
     def _pruned(
         self, model: ir.Model, reference: ir.Model | None, numbers: Mapping[int, list[int]]
@@ -263,7 +295,8 @@ class _Work:
             return copy, None
         # what few samples say of the other layers is worth less than what they were trained to
         lost, progress = lost_inputs(copy, reference), self.context.progress
-        return copy, repair(copy, reference, kept, self.teaching, progress, lost)
+        most = max(MAX_SAMPLES, self.wanted)
+        return copy, repair(copy, reference, kept, self.teaching, progress, lost, most)
 
 
 def _named(group: Group, names: Sequence[str]) -> bool:
