@@ -10,6 +10,7 @@ judging (on given samples only, `divergence`), solving (`repair`).
 from __future__ import annotations
 
 import itertools
+import zlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -27,7 +28,7 @@ _ROWS_PER_INPUT = 4
 MOST = 512
 _TIMES = 5
 """Samples in all, by those given, at most."""
-_LEAST_SHARE, _MOST_SHARE = 0.1, 0.5
+_LEAST_SHARE, _MOST_SHARE = 0.1, 0.9
 """Of the tokens of a made sample that are swapped, each sample's own."""
 _FROM_TABLE = 0.5
 """Of the swapped tokens that are any of the embedding's, where the input picks rows of one."""
@@ -49,6 +50,25 @@ def wanted_samples(model: ir.Model, groups: Sequence[Group], samples: Sequence[F
     return min(wanted, MOST)
 
 
+class _Made(dict[str, np.ndarray]):
+    """A made sample, and the one it was made of."""
+
+    origin: Feed
+
+
+def half_of(sample: Feed) -> int:
+    """Which half of the samples it is in, 0 or 1, for solving on one and judging on the other.
+
+    By content, so that no order of the samples changes it; made ones are where the ones are that
+    they were made of, or else they would be judged by what they were solved on.
+    """
+    origin = sample.origin if isinstance(sample, _Made) else sample
+    check = 0
+    for name in sorted(origin):
+        check = zlib.crc32(np.ascontiguousarray(origin[name]).tobytes(), check)
+    return check % 2
+
+
 def made_samples(model: ir.Model, samples: Sequence[Feed], count: int, seed: int = 0) -> list[Feed]:
     """At most that many samples in which tokens are others; none where there are no tokens.
 
@@ -64,11 +84,12 @@ def made_samples(model: ir.Model, samples: Sequence[Feed], count: int, seed: int
     if count <= 0 or not pools:
         return []
     rng = np.random.default_rng(seed)
-    made: list[Feed] = []
+    made: list[_Made] = []
     for sample in itertools.islice(itertools.cycle(samples), count):
         changed = {name: pool.mixed(np.asarray(sample[name]), rng) for name, pool in pools.items()}
-        made.append({**sample, **changed})
-    return made if _fit(model, made[:_TRIED]) else []
+        made.append(_Made({**sample, **changed}))
+        made[-1].origin = sample
+    return list(made) if _fit(model, made[:_TRIED]) else []
 
 
 _MOVES = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten")

@@ -27,6 +27,7 @@ from ..quantize.moments import Moments
 from .branches import flattened, paths
 from .divergence import thinned
 from .layer_bias import first_result
+from .made_samples import half_of
 from .repair_items import Item, Solution, kept_outputs, named, own_weight, store
 from .stepwise import Stepwise
 from .views import linear_view, state_view
@@ -112,6 +113,7 @@ class _Run:
         self._places = {value.name: value for node in reference.graph for value in node.outputs}
         self._kept = kept
         self._samples = thinned(samples, most)
+        self._halves = [half_of(sample) for sample in self._samples]
         self._before = Stepwise(reference, self._samples)
         self._now = Stepwise(model, self._samples)
         self.solved: list[tuple[ir.Node, Callable[[ir.Node], LinearLayer | None], Solution]] = []
@@ -132,9 +134,9 @@ class _Run:
     def _solve(self, block: Sequence[Item]) -> None:
         targets = self._before.advance([v for item in block for v in item.wanted_values])
         found = self._now.advance([value for item in block for value in item.own_values])
-        for wanted, given in zip(targets, found, strict=True):
+        for wanted, given, half in zip(targets, found, self._halves, strict=True):
             for item in block:
-                item.add(given, wanted, len(self._samples))
+                item.add(given, wanted, len(self._samples), half)
         for item in block:
             solution = item.solve()
             if solution is not None:
