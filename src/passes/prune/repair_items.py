@@ -25,8 +25,11 @@ _ROWS_PER_INPUT = 12
 _FEWEST_ROWS, _MOST_ROWS = 8192, 24576
 _TOGETHER = 1024
 """Rows."""
+_MOST_WEIGHT = 1000.0
 
 _Pair = tuple[np.ndarray, np.ndarray]
+_Rows = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Inputs, results and weights."""
 Solution = tuple[np.ndarray, np.ndarray]
 """A weight as stored, and a bias."""
 
@@ -47,7 +50,8 @@ class Item:
         self.kept = kept
         self.stream: ir.Value | None = None
         self.halves = (Moments(layer), Moments(layer))
-        self.waiting: list[list[_Pair]] = [[], []]
+        self.waiting: list[list[_Rows]] = [[], []]
+        self._power = 0.0
 
     @classmethod
     def of(
@@ -134,22 +138,30 @@ class Item:
         rows = min(max(_FEWEST_ROWS, _ROWS_PER_INPUT * self.layer.shape[1]), _MOST_ROWS)
         limit = max(16, -(-rows // samples))
         if self.layer.channel_axis == 1:
-            self.halves[half].add(x, y, limit)
+            self.halves[half].add(x, y, limit, self._weight(x))
             return
         # few rows a sample cost as much as many: they are put together
         positions = self.layer.positions(x, limit)
-        self.waiting[half].append(
-            (self.layer.inputs(x, positions), self.layer.outputs(y, positions))
-        )
-        if sum(a.shape[1] for a, _ in self.waiting[half]) > _TOGETHER:
+        weights = np.full(len(positions), self._weight(x), x.dtype)
+        taken = self.layer.inputs(x, positions), self.layer.outputs(y, positions), weights
+        self.waiting[half].append(taken)
+        if sum(len(part[2]) for part in self.waiting[half]) > _TOGETHER:
             self._fold(half)
+
+    def _weight(self, x: np.ndarray) -> float:
+        """A sample's: loud ones (noise among speech) are not to count more than quiet ones."""
+        power = float(np.square(x, dtype=np.float64).mean()) if x.size else 0.0
+        self._power = self._power or power
+        if not power or not np.isfinite(power):
+            return 1.0
+        return float(np.clip(self._power / power, 1 / _MOST_WEIGHT, _MOST_WEIGHT))
 
     def _fold(self, half: int) -> None:
         """Fold in the rows that wait."""
         if self.waiting[half]:
-            parts = zip(*self.waiting[half], strict=True)
-            x, y = (np.concatenate(arrays, axis=1) for arrays in parts)
-            self.halves[half].add_rows(x, y)
+            parts = list(zip(*self.waiting[half], strict=True))
+            x, y = (np.concatenate(arrays, axis=1) for arrays in parts[:2])
+            self.halves[half].add_rows(x, y, np.concatenate(parts[2]))
             self.waiting[half] = []
 
     def solve(self) -> Solution | None:

@@ -24,7 +24,7 @@ class Moments:
     def __init__(self, layer: LinearLayer, *, products: bool = True) -> None:
         groups, size, out = layer.shape
         self.layer = layer
-        self.rows = 0
+        self.rows = 0.0
         self.x = np.zeros((groups, size))
         self.y = np.zeros((groups, out))
         self.squares = np.zeros((groups, size))
@@ -37,21 +37,28 @@ class Moments:
         groups, size, out = layer.shape
         return 8 * groups * size * (size + out)
 
-    def add(self, x: np.ndarray, y: np.ndarray, limit: int = ROWS_A_SAMPLE) -> None:
-        """Fold in one sample: the layer's data and its result."""
+    def add(
+        self, x: np.ndarray, y: np.ndarray, limit: int = ROWS_A_SAMPLE, weight: float = 1.0
+    ) -> None:
+        """Fold in one sample: the layer's data and its result, each row with that weight."""
         positions = self.layer.positions(x, limit)
         for chunk in self.layer.chunks(positions):
-            self.add_rows(self.layer.inputs(x, chunk), self.layer.outputs(y, chunk))
+            weights = None if weight == 1.0 else np.full(len(chunk), weight, x.dtype)
+            self.add_rows(self.layer.inputs(x, chunk), self.layer.outputs(y, chunk), weights)
 
-    def add_rows(self, inputs: np.ndarray, outputs: np.ndarray) -> None:
-        """Fold in rows: [groups, rows, in] and [groups, rows, out]."""
-        self.x += inputs.sum(axis=1, dtype=np.float64)
-        self.y += outputs.sum(axis=1, dtype=np.float64)
-        self.squares += np.einsum("gri,gri->gi", inputs, inputs)
+    def add_rows(
+        self, inputs: np.ndarray, outputs: np.ndarray, weights: np.ndarray | None = None
+    ) -> None:
+        """Fold in rows: [groups, rows, in] and [groups, rows, out], weights [rows] (1 each)."""
+        left = inputs if weights is None else inputs * weights[:, None]
+        right = outputs if weights is None else outputs * weights[:, None]
+        self.x += left.sum(axis=1, dtype=np.float64)
+        self.y += right.sum(axis=1, dtype=np.float64)
+        self.squares += np.einsum("gri,gri->gi", left, inputs)
         if self.xx is not None and self.xy is not None:
-            self.xx += inputs.swapaxes(1, 2) @ inputs
-            self.xy += inputs.swapaxes(1, 2) @ outputs
-        self.rows += inputs.shape[1]
+            self.xx += left.swapaxes(1, 2) @ inputs
+            self.xy += left.swapaxes(1, 2) @ outputs
+        self.rows += inputs.shape[1] if weights is None else float(weights.sum())
 
     def union(self, other: Moments) -> Moments:
         """Both sets of rows together."""
