@@ -163,7 +163,8 @@ def _inline(graph: ir.Graph, node: ir.Node, taken: bool) -> None:
     branch.remove(moved)
     graph.insert_before(node, moved)
     for old, result in zip(node.outputs, results, strict=True):
-        name, old.name = old.name, f"{old.name}@if"
+        name = old.name or ""
+        old.name = f"{name}@if"
         copy = ir.Node("", "Identity", [result], name=f"{node_name(node)}/{name}")
         new = copy.outputs[0]
         new.name, new.type, new.shape = name, old.type, old.shape

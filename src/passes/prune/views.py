@@ -117,9 +117,10 @@ class TransposedLayer(LinearLayer):
     def matrix(self, weight: np.ndarray) -> np.ndarray:
         """See `LinearLayer.matrix`."""
         inputs, out, *kernel = weight.shape
-        turned = np.flip(weight, range(2, weight.ndim))
+        turned = np.flip(weight, tuple(range(2, weight.ndim)))
         parts = turned.reshape(self.groups, inputs // self.groups, out, math.prod(kernel))
-        return parts.swapaxes(2, 3).reshape(self.groups, -1, out)
+        found: np.ndarray = parts.swapaxes(2, 3).reshape(self.groups, -1, out)
+        return found
 
     def restore(self, matrix: np.ndarray) -> np.ndarray:
         """See `LinearLayer.restore`."""
@@ -127,7 +128,7 @@ class TransposedLayer(LinearLayer):
         inputs, out, *kernel = self.weight.shape.numpy()
         parts = matrix.reshape(inputs, math.prod(kernel), out).swapaxes(1, 2)
         turned = parts.reshape(inputs, out, *kernel)
-        return np.ascontiguousarray(np.flip(turned, range(2, turned.ndim)))
+        return np.ascontiguousarray(np.flip(turned, tuple(range(2, turned.ndim))))
 
     def inputs(self, x: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """See `LinearLayer.inputs`."""
@@ -135,7 +136,7 @@ class TransposedLayer(LinearLayer):
 
     def outputs(self, y: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """See `LinearLayer.outputs`."""
-        rows = np.moveaxis(y, 1, -1).reshape(-1, y.shape[1])[positions]
+        rows: np.ndarray = np.moveaxis(y, 1, -1).reshape(-1, y.shape[1])[positions]
         return rows.reshape(len(rows), self.groups, -1).swapaxes(0, 1)
 
     def positions(self, x: np.ndarray, limit: int = 0) -> np.ndarray:
