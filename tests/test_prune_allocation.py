@@ -8,7 +8,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edgepass.ir.ops import graph_macs
+from edgepass.ir.verify import verify
 from edgepass.passes.base import Context
+from edgepass.passes.probe import sample_inputs
 from edgepass.passes.prune.alone import Alone, weighed, weighed_together
 from edgepass.passes.prune.choice import (
     MOST,
@@ -27,6 +29,7 @@ from edgepass.passes.prune.price import Held, Price
 from edgepass.passes.prune.remove import remove
 from edgepass.passes.prune.statistics import collect
 from edgepass.passes.prune.structured import StructuredPrune
+from prune_graphs import sequence_network
 
 WIDTHS = (16, 32, 24)
 
@@ -269,3 +272,15 @@ def test_held_counts_every_unit_alike():
     price = Held([[_group("a", 10, 0, 3)], [_group("b", 30, 1, 1)]])
     assert price.left(np.array([1.0, 0.0])) == pytest.approx([0.75, 0.5, 0.5])
     assert price.gain(1, 0.5, np.zeros(2)) == pytest.approx([0.375, 0.25, 0.25])
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "sensitivity"])
+@pytest.mark.parametrize("seed", [9, 10])
+def test_heads_lose_as_many_dimensions_as_each_other(seed, allocation):
+    """Orders that end early and complete ones meet in one cluster."""
+    model = sequence_network(seed)
+    samples = [sample_inputs(model, seed=i) for i in range(16)]
+    item = StructuredPrune(ratio=0.4, allocation=allocation, limit=1e9)
+    result = item.run(model.clone(), Context(calibration=samples))
+    verify(result.model)
+    assert np.isfinite(Outputs(model, samples).divergence(result.model))

@@ -194,16 +194,17 @@ class _Part:
         while multiple > 1 and multiple * _LEAST_BLOCKS > width:
             multiple //= 2
         self.step = max(1, multiple // members[0].group.multiple)
+        # units beyond these have no place in the order
+        self.known = min((len(item.errors) - 1) // item.rows for item in members)
         self.count = self._rounded(how.ratio)
         self.least = self._rounded(max(0.0, how.ratio - how.spread))
-        known = min(len(item.errors) - 1 for item in members) // max(i.rows for i in members)
-        self.most = min(self._rounded(min(MOST, how.ratio + how.spread)), known)
+        self.most = self._rounded(min(MOST, how.ratio + how.spread))
 
     def _rounded(self, ratio: float) -> int:
         if self.length < 2 or ratio <= 0:
             return 0
         kept = round_width(self.length * (1.0 - ratio), self.step, self.length)
-        return self.length - max(1, kept)
+        return min(self.length - max(1, kept), self.known)
 
     def error(self, count: int) -> float:
         """What goes wrong when so many leave each row."""

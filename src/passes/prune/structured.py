@@ -251,7 +251,7 @@ class _Work:
         return turned
 
     def _ranked(self, model: ir.Model, groups: Groups) -> list[Ranked]:
-        spread = self.options.spread if self.allocation.spreads else 0.05
+        spread = self.options.spread if self.allocation.spreads else 0.25
         limit = min(0.9, self.options.ratio + spread)
         taken, progress = self._taken(groups), self.context.progress
         measured = self.allocation is Allocation.SENSITIVITY
