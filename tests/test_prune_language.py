@@ -14,6 +14,7 @@ from onnx import numpy_helper, parser
 from edgepass.ir.graph import attribute, static_shape
 from edgepass.ir.verify import interface, verify
 from edgepass.passes.prune.groups import Group, Groups, find_groups
+from edgepass.passes.prune.labels import factor
 from edgepass.passes.prune.remove import remove
 from prune_graphs import choose, outputs, zeroed
 
@@ -335,4 +336,30 @@ def test_a_state_that_comes_in_keeps_its_size_and_the_reason_names_it():
     groups = find_groups(model)
     assert [g.size for g in groups.free] == [8]  # what comes in may lose channels
     assert any("'h'" in g.blocked for g in groups if g.kind == "hidden units")
+    assert_removable(model)
+
+
+def test_a_squeeze_says_that_a_size_is_one():
+    """[batch, 8, time] -> [1, batch, 8]: as many elements, so there is one time step."""
+    assert factor(("b", 8, "t"), (1, "b", 8)) == [
+        ((), (0,)),
+        ((0,), (1,)),
+        ((1,), (2,)),
+        ((2,), ()),
+    ]
+    body = """
+        a = Conv(x, v)
+        c = Relu(a)
+        q = Squeeze(c, last)
+        z = Unsqueeze(q, first)
+        r = GRU <hidden_size = 6> (z, w, u)
+        t = Squeeze(r, two)
+        y = MatMul(t, o)
+    """
+    model = built(
+        "float[batch, 3, n] x", "float[1, batch, 3] y", body,
+        v=(8, 3, 3), w=(1, 18, 8), u=(1, 18, 6), o=(6, 3),
+        last=np.array([-1]), first=np.array([0]), two=np.array([1]),
+    )  # fmt: skip
+    assert {g.size for g in find_groups(model).free} == {8, 6}
     assert_removable(model)

@@ -254,7 +254,7 @@ def _reshape(node: ir.Node, known: Known) -> np.ndarray | None:
             shape += [1] * len(outs)
             continue
         sizes = [before[a] for a in ins] + [after[a] for a in outs]
-        if not all(isinstance(d, int) for d in sizes) and len(sizes) > 2:
+        if not all(isinstance(d, int) for d in sizes) and (len(sizes) > 2 or not outs):
             return None
         if len(ins) == 1 == len(outs):
             full.append(array.shape[ins[0]])

@@ -405,7 +405,16 @@ def _up_to_ones(before: Sequence[Dim], after: Sequence[Dim]) -> list[Piece] | No
     spare += waiting
     if not spare or any(isinstance(long[a], int) for a in spare):
         return None
-    return [((a,), (b,)) if long is before else ((b,), (a,)) for a, b in pairs]
+    same = [(a, b) if long is before else (b, a) for a, b in pairs]
+    pieces: list[Piece] = []
+    i = j = 0
+    for a, b in [*same, (len(before), len(after))]:
+        pieces += [((k,), ()) for k in range(i, a)]
+        pieces += [((), (k,)) for k in range(j, b)]
+        if a < len(before):
+            pieces.append(((a,), (b,)))
+        i, j = a + 1, b + 1
+    return pieces
 
 
 def _run_sizes(
