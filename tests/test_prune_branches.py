@@ -353,6 +353,58 @@ def test_inputs_of_a_recurrent_layer_are_chosen_and_repaired():
     assert error(model, result.model, samples[:8]) < 1e-5
 
 
+# --- models that carry a state -------------------------------------------------------------------
+
+
+def integrator(gain: float, leak: float = 0.99) -> ir.Model:
+    """s' = leak s + gain x; y = s' w."""
+    nodes = [
+        helper.make_node("Mul", ["s", "leak"], ["left"]),
+        helper.make_node("Mul", ["x", "gain"], ["more"]),
+        helper.make_node("Add", ["left", "more"], ["sN"]),
+        helper.make_node("MatMul", ["sN", "w"], ["y"]),
+    ]
+    weights = {
+        "leak": np.array(leak, F32),
+        "gain": np.array(gain, F32),
+        "w": np.eye(4, 2, dtype=F32),
+    }
+    inputs, outputs = [value("x", [1, 4]), value("s", [1, 4])], [value("y", [1, 2])]
+    return whole(nodes, inputs, [*outputs, value("sN", [1, 4])], weights)
+
+
+def test_errors_that_add_up_over_calls_are_seen():
+    rng = np.random.default_rng(14)
+    samples = [
+        {"x": rng.normal(size=(1, 4)).astype(F32), "s": rng.normal(size=(1, 4)).astype(F32) * 3}
+        for _ in range(32)
+    ]
+    # x and s, y and sN: of two inputs of one form it can't be told which is the state
+    assert Outputs(integrator(0.1), samples).states == {}
+    named = [{"s": s["s"], "x": s["x"][:, :3]} for s in samples]
+    model = integrator(0.1)
+    outputs = Outputs(_narrow(model), named)
+    assert outputs.states == {"s": "sN"}
+    assert outputs.allowance < 1
+    assert "carries a state" in outputs.why_less
+    other = _narrow(integrator(0.1, leak=1.01))
+    once = max(error(_narrow(model), other, named[:8]), 0)
+    assert once < 1e-3
+    assert outputs.divergence(other) > 0.5
+
+
+def _narrow(model: ir.Model) -> ir.Model:
+    """The integrator with three inputs, and a fourth that is zero."""
+    proto = ir.to_proto(model)
+    proto.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 3
+    pad = helper.make_node("Pad", ["x", "pads"], ["x4"])
+    proto.graph.initializer.append(numpy_helper.from_array(np.array([0, 0, 0, 1]), "pads"))
+    proto.graph.node[1].input[0] = "x4"
+    proto.graph.node.insert(0, pad)
+    del proto.graph.value_info[:]
+    return ir.from_proto(proto)
+
+
 # --- transposed convolutions ---------------------------------------------------------------------
 
 TRANSPOSED = [
