@@ -157,13 +157,14 @@ class _Work:
             if outputs is None:
                 break
             lost = outputs.divergence(pruned)
-            if lost <= self.options.limit:
+            limit = self.options.limit * outputs.allowance
+            if lost <= limit:
                 break
             self.notes.append(
                 f"a ratio of {ratio:.2g} lost {lost:.0%} of the outputs' variance on samples held "
-                f"out, over the limit of {self.options.limit:.0%}"
+                f"out, over the limit of {limit:.0%}{outputs.why_less}"
             )
-            ratio = self._less(ranked, price, ratio, self.options.limit / lost)
+            ratio = self._less(ranked, price, ratio, limit / lost)
             if ratio < _LEAST_RATIO:
                 return PassResult(model, turned > 0, ("nothing was pruned", *self.notes))
         notes = [_told(before, _size(pruned, self.context.dims)), _units(groups, chosen)]
