@@ -7,7 +7,9 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edgepass.ir.ops import graph_macs
+import edgepass
+from edgepass.ir.ops import graph_macs, node_cost
+from edgepass.ir.shapes import infer_shapes
 from edgepass.ir.verify import verify
 from edgepass.passes.base import Context
 from edgepass.passes.probe import sample_inputs
@@ -25,7 +27,7 @@ from edgepass.passes.prune.choice import (
 from edgepass.passes.prune.divergence import Outputs
 from edgepass.passes.prune.groups import Group, find_groups
 from edgepass.passes.prune.importance import Importance
-from edgepass.passes.prune.price import Held, Price
+from edgepass.passes.prune.price import Held, Price, node_times
 from edgepass.passes.prune.remove import remove
 from edgepass.passes.prune.statistics import collect
 from edgepass.passes.prune.structured import StructuredPrune
@@ -122,6 +124,43 @@ def test_price_foresees_macs_and_parameters_exactly(ratio):
 
 def _weights(model: ir.Model) -> list[ir.Value]:
     return [v for v in model.graph.initializers.values() if len(v.const_value.shape) > 1]
+
+
+def test_cost_takes_from_where_time_is_spent():
+    """Two groups that mind alike, as large as each other: the one whose layers take time leaves."""
+    model = _network()
+    groups = [g for g in find_groups(model).free if g.name in ("w1", "v1")]
+    ranked = [Ranked(g, np.arange(g.size), (np.arange(g.size + 1) / g.size) ** 2) for g in groups]
+    nodes = {node.name: node for node in model.graph}
+    times = {nodes[name]: 1.0 for name in ("w1", "w2")} | {nodes[n]: 0.01 for n in ("v1", "v2")}
+    price = Price([[g] for g in groups], None, times)
+    chosen = choose(ranked, _how(0.4, allocation=Allocation.COST), price)
+    lost = {g.name: len(chosen.get(g, ())) / g.size for g in groups}
+    assert lost["w1"] > lost["v1"]
+    left = price.left(np.array([lost[g.name] for g in groups]))
+    uniform = price.left(np.array([0.4, 0.4]))
+    assert left[1] <= max(0.6, uniform[1]) + 1e-9
+
+
+def test_node_times_are_those_of_the_target():
+    model = _network()
+    find_groups(model)
+    times = node_times(model, edgepass.get_target("x86_64-avx512"))
+    convolutions = {node for node in model.graph if node.op_type == "Conv"}
+    assert set(times) == convolutions
+    widest = max(convolutions, key=lambda node: node_cost(node).macs)
+    assert times[widest] == max(times.values())
+
+
+def test_the_pass_by_cost_removes_and_keeps_the_interface():
+    model = _network()
+    infer_shapes(model)
+    macs = graph_macs(model.graph)
+    context = Context(target=edgepass.get_target("x86_64-avx512"), calibration=_samples())
+    result = StructuredPrune(ratio=0.4, allocation="cost", multiple=2).run(model, context)
+    verify(result.model)
+    assert result.modified
+    assert graph_macs(result.model.graph) < 0.8 * macs
 
 
 def test_gain_is_the_difference_of_what_is_left():

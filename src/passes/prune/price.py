@@ -1,7 +1,7 @@
 """What a model costs by how many units its groups have left, without removing any.
 
-Here: `Price`, and `Held`, where there is no graph. Not here: milliseconds
-(`cost`), sizes of a graph as it is (`ir.ops`).
+Here: `Price`, `Held`, where there is no graph, and `node_times`. Not here: how milliseconds are
+predicted (`cost`), sizes of a graph as it is (`ir.ops`).
 """
 
 from __future__ import annotations
@@ -13,8 +13,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from ...cost.kernels import kernels
+from ...cost.latency import latency
+from ...cost.profiles import profile_for
 from ...ir.graph import static_shape
 from ...ir.ops import node_cost
+from ...targets.target import Target
 from .groups import Group, Site
 
 _INPUT, _OUTPUT = 0, 1
@@ -55,6 +59,7 @@ class _Weight:
 class Price:
     """What is left of units, MACs and parameters, by the share of its units each part has lost.
 
+    With `times` of nodes, in place of MACs it is their time, which is taken to fall as MACs do.
     Parts are groups that go together. MACs and parameters are those that run through some unit;
     MACs that are not known (a size is missing) count as parameters do. Products of two activations
     are left out: their sizes follow, but no weight of a group is in them.
@@ -64,6 +69,7 @@ class Price:
         self,
         parts: Sequence[Sequence[Group]],
         dims: Mapping[str, int] | None = None,
+        times: Mapping[ir.Node, float] | None = None,
     ) -> None:
         found: dict[tuple[ir.Node, ir.Value], _Weight] = {}
         own: list[set[tuple[ir.Node, ir.Value]]] = [set() for _ in parts]
@@ -76,7 +82,7 @@ class Price:
                 weight.hold(number, site)
                 own[number].add(key)
         self._weights = list(found.values())
-        _put_costs(found, dims or {})
+        _put_costs(found, dims or {}, times)
         places = {key: i for i, key in enumerate(found)}
         self._own = [sorted(places[key] for key in keys) for keys in own]
         self._units = _shares(np.array([sum(g.size for g in part) for part in parts], float))
@@ -98,7 +104,29 @@ class Price:
         return found
 
 
-def _put_costs(found: Mapping[tuple[ir.Node, ir.Value], _Weight], dims: Mapping[str, int]) -> None:
+def node_times(
+    model: ir.Model, target: Target, dims: Mapping[str, int] | None = None
+) -> dict[ir.Node, float]:
+    """Predicted milliseconds of each node with weights on the target: those of its kernel, which
+    nodes that are computed together share by their MACs. Nodes of unknown cost are missing.
+    """
+    found = kernels(model, target, dims=dims or None)
+    told = latency(found, target, 1, profile_for(target))
+    times: dict[ir.Node, float] = {}
+    for kernel, ms in zip(found, told.kernel_ms, strict=True):
+        macs = {node: node_cost(node, dims or None).macs or 0 for node in kernel.nodes}
+        total = sum(macs.values())
+        for node, own in macs.items():
+            if ms and own:
+                times[node] = times.get(node, 0.0) + ms * own / total
+    return times
+
+
+def _put_costs(
+    found: Mapping[tuple[ir.Node, ir.Value], _Weight],
+    dims: Mapping[str, int],
+    times: Mapping[ir.Node, float] | None,
+) -> None:
     """Give each weight its share of the MACs and of the parameters; of a node's MACs, by size."""
     if not found:
         return
@@ -106,7 +134,10 @@ def _put_costs(found: Mapping[tuple[ir.Node, ir.Value], _Weight], dims: Mapping[
     nodes: dict[ir.Node, float] = {}
     for (node, _), size in zip(found, sizes, strict=True):
         nodes[node] = nodes.get(node, 0.0) + size
-    counts = {node: node_cost(node, dims or None).macs for node in nodes}
+    counts: dict[ir.Node, float | None] = {
+        node: node_cost(node, dims or None).macs if times is None else times.get(node, 0.0)
+        for node in nodes
+    }
     readers: dict[ir.Value, int] = {}
     for _, value in found:
         readers[value] = readers.get(value, 0) + 1

@@ -25,7 +25,7 @@ from .divergence import Outputs, held_out, thinned
 from .groups import Group, Groups, find_groups
 from .importance import Importance
 from .made_samples import made_samples, wanted_samples
-from .price import Price
+from .price import Price, node_times
 from .quantized import refuse_quantized
 from .remove import remove
 from .repair import MAX_SAMPLES, Repaired, kept_outputs, lost_inputs, repair
@@ -48,8 +48,9 @@ class StructuredPrune(Pass):
     `ratio` is the share of the units that leaves: of every group with `allocation=uniform`; of all
     together, and at least such a share of the MACs and parameters in reach, with `sensitivity`,
     more from where that does less harm to the outputs, measured, and with `global`, to the layers
-    behind, all alike. `auto` is sensitivity where there are samples to repair with. No group's
-    share is more than `spread` from `ratio`, or over 85 %. With calibration samples units are
+    behind, all alike; with `cost` that share of the time in reach, as predicted for the target,
+    from where most time is gained for the harm. `auto` is sensitivity where there are samples to
+    repair with. No group's share is more than `spread` from `ratio`, or over 85 %. With calibration samples units are
     chosen by what the layers behind them can't make up for, and layers that lost inputs are then
     solved again; without, by magnitude, and nothing is repaired. `importance`: auto,
     reconstruction, activation, l1, l2, median or random. `heads`: dimensions of heads or whole
@@ -143,7 +144,7 @@ class _Work:
         self._teach_more(model, groups)
         turned = self._turn_heads(model, groups)
         ranked = self._ranked(model, groups)
-        price = self._price(ranked)
+        price = self._price(model, ranked)
         reference = model.clone() if self.teaching else None
         outputs = Outputs(model, self.judging) if self.judging else None
         ratio = self.options.ratio
@@ -190,11 +191,14 @@ class _Work:
             return Allocation.SENSITIVITY if able else Allocation.UNIFORM
         return wanted
 
-    def _price(self, ranked: Sequence[Ranked]) -> Price | None:
+    def _price(self, model: ir.Model, ranked: Sequence[Ranked]) -> Price | None:
         if not self.allocation.spreads:
             return None
         parts = [[item.group for item in members] for members in together(ranked)]
-        return Price(parts, self.context.dims)
+        times, target = None, self.context.target
+        if self.allocation is Allocation.COST and target is not None:
+            times = node_times(model, target, self.context.dims)
+        return Price(parts, self.context.dims, times or None)
 
     def _less(
         self, ranked: Sequence[Ranked], price: Price | None, ratio: float, share: float
@@ -255,7 +259,8 @@ class _Work:
         spread = self.options.spread if self.allocation.spreads else 0.25
         limit = min(0.9, self.options.ratio + spread)
         taken, progress = self._taken(groups), self.context.progress
-        measured = self.allocation is Allocation.SENSITIVITY
+        measured = self.allocation in (Allocation.SENSITIVITY, Allocation.COST)
+        measured = measured and bool(self.teaching)
         looks = self.importance.needs_samples or measured
         alone = None
         if measured:
