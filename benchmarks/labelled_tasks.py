@@ -72,7 +72,7 @@ def in_wheel(distribution: str, path: str) -> Path:
         found = Path(str(importlib.metadata.distribution(distribution).locate_file(path)))
     except importlib.metadata.PackageNotFoundError:
         raise NotThere(
-            f"{distribution} is not installed (requirements-models.txt, or the benchmark's first lines)"
+            f"{distribution} is not installed: see requirements-models.txt, or the docstring"
         ) from None
     if not found.is_file():
         raise NotThere(f"this version of {distribution} has no {path}")
