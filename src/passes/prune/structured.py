@@ -50,12 +50,12 @@ class StructuredPrune(Pass):
     more from where that does less harm to the outputs, measured, and with `global`, to the layers
     behind, all alike; with `cost` that share of the time in reach, as predicted for the target,
     from where most time is gained for the harm. `auto` is sensitivity where there are samples to
-    repair with. No group's share is more than `spread` from `ratio`, or over 85 %. With calibration samples units are
-    chosen by what the layers behind them can't make up for, and layers that lost inputs are then
-    solved again; without, by magnitude, and nothing is repaired. `importance`: auto,
-    reconstruction, activation, l1, l2, median or random. `heads`: dimensions of heads or whole
-    ones, or auto. `widths` lets go of what a LayerNormalization takes statistics over. `only` and
-    `exclude` are names of groups (with *), or kinds of units. `multiple` is what widths are
+    repair with. No group's share is more than `spread` from `ratio`, or over 85 %. With calibration
+    samples units are chosen by what the layers behind them can't make up for, and layers that lost
+    inputs are then solved again; without, by magnitude, and nothing is repaired. `importance`:
+    auto, reconstruction, activation, l1, l2, median or random. `heads`: dimensions of heads or
+    whole ones, or auto. `widths` lets go of what a LayerNormalization takes statistics over. `only`
+    and `exclude` are names of groups (with *), or kinds of units. `multiple` is what widths are
     multiples of; 0: what the target's vectors like. `limit` is the share of the outputs' variance
     that may be lost on samples held out; beyond it less is pruned.
     """
