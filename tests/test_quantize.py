@@ -844,6 +844,33 @@ def test_static_int8_on_generated_models(proto, flag, scheme, attention):
         assert np.abs(fused[name] - plain[name]).max() <= 0.1 * peak
 
 
+def test_int8_of_a_model_that_has_pairs_of_another_type_already():
+    """ONNX Runtime moves the pair of int8 into that of uint8 and refuses what it made of it."""
+    axes, whole = np.array([0], np.int64), np.array([1, 8, 8], np.int64)
+    weight = np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32)
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["d"]),
+        helper.make_node("Unsqueeze", ["d", "axes"], ["u"]),
+        helper.make_node("Reshape", ["u", "whole"], ["r"]),
+        helper.make_node("MatMul", ["r", "weight"], ["y"]),
+    ]
+    constants = {"scale": np.float32(0.05), "zero": np.array(3, np.int8), "axes": axes,
+                 "whole": whole, "weight": weight}  # fmt: skip
+    graph = helper.make_graph(
+        nodes,
+        "pairs",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [8, 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 8, 8])],
+        [numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()],
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    samples = [{"x": np.random.default_rng(1).normal(size=(8, 8)).astype(np.float32)}]
+    result = StaticInt8().run(load_model(proto), Context(calibration=samples))
+    assert result.modified
+    assert "1 nodes in integers" in result.notes[0]
+
+
 @QUICK
 @given(
     proto=models(),
