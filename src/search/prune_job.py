@@ -21,7 +21,7 @@ from ..ir.ops import node_cost
 from ..passes.base import Context, Feed
 from ..passes.driver import run_passes
 from ..passes.ledger import measure
-from ..passes.prune.choice import Choosing, Ranked, choose, rank
+from ..passes.prune.choice import Choosing, Ranked, choose, rank, together
 from ..passes.prune.divergence import held_out
 from ..passes.prune.groups import Group, find_groups
 from ..passes.prune.importance import Importance, weight_rows
@@ -104,14 +104,11 @@ class PruneJob:
 
     def rows(self) -> list[GroupRow]:
         """A row for each group that can be pruned, or each cluster of groups that go together."""
-        ranked = self._ranked()
-        clusters: dict[int, list[Ranked]] = {}
-        for item in ranked:
-            clusters.setdefault(item.group.cluster, []).append(item)
+        clusters = together(self._ranked())
         shares = self._macs_of_nodes()
         outputs = self._reference()
         rows = []
-        for done, members in enumerate(clusters.values()):
+        for done, members in enumerate(clusters):
             self.progress(done, len(clusters), f"pruning {members[0].group.name} alone")
             rows.append(self._row(members, shares, outputs))
         self.progress(len(clusters), len(clusters), "")
